@@ -1,0 +1,424 @@
+"""Critics and policies around the fused operations, as plain nn.Modules that drop into other codebases.
+
+Each reads its parameters anew at every call, so `state_dict`, `deepcopy`, `.to`, `functional_call`, `lerp_` and `.data` edits all
+work. Observations and actions may have any leading shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import ops, reference
+from fastflow.fields import (
+    Cosine,
+    DenseStack,
+    FieldSpec,
+    HLGauss,
+    RawTime,
+    StateEmbedding,
+    TimeEmbedding,
+    VelocityField,
+)
+
+
+class FlowCritic(nn.Module):
+    """A Q-value that is the end of a K-step walk: z_0 ~ U[noise_range], z_K = z_0 + integral of v(z, t | obs, action) (floq).
+
+    Args:
+        obs_dim, action_dim: O and A; `action_dim=0` gives a state value.
+        value_range: (low, high) of the values, the range of the HL-Gauss embedding of z. `FlowCritic.for_rewards` computes it
+            and `noise_range` from the rewards as the paper does.
+        noise_range: (l, u) of the uniform start; default `value_range`.
+        hidden: widths of the velocity network.
+        ensemble: E members side by side, None for one.
+        num_steps: K of a call, also an argument of every call.
+        num_samples: S starts per value; the value is their mean.
+        bins, sigma: of the HL-Gauss embedding; `state_embedding` replaces it altogether.
+        time_embedding: default `Cosine()`, as released.
+        activation, norm: see `FieldSpec`.
+        backend, precision: see `fastflow.integrate`.
+        device, dtype: as for every module.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        value_range: tuple[float, float],
+        noise_range: tuple[float, float] | None = None,
+        hidden: Sequence[int] = (512, 512, 512, 512),
+        ensemble: int | None = None,
+        num_steps: int = 8,
+        num_samples: int = 1,
+        bins: int = 51,
+        sigma: float = 16.0,
+        state_embedding: StateEmbedding | None = None,
+        time_embedding: TimeEmbedding = Cosine(),  # noqa: B008 (frozen)
+        activation: str = "gelu_tanh",
+        norm: str | None = "layer",
+        backend: str | None = None,
+        precision: str | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if num_samples < 1:
+            raise ValueError(f"FlowCritic: num_samples must be at least 1, got {num_samples}")
+        low, high = value_range
+        spec = FieldSpec(
+            state_dim=1,
+            cond_dim=obs_dim + action_dim,
+            hidden=tuple(hidden),
+            ensemble=ensemble,
+            activation=activation,
+            norm=norm,
+            state_embedding=state_embedding or HLGauss(low, high, bins, sigma),
+            time_embedding=time_embedding,
+        )
+        self.field = VelocityField(spec, device, dtype)
+        self.obs_dim, self.action_dim = obs_dim, action_dim
+        self.value_range = (float(low), float(high))
+        self.noise_range = tuple(map(float, noise_range or value_range))
+        if self.noise_range[0] > self.noise_range[1]:
+            raise ValueError(f"FlowCritic: noise_range must be (low, high), got {self.noise_range}")
+        self.num_steps, self.num_samples = num_steps, num_samples
+        self.backend, self.precision = backend, precision
+
+    @classmethod
+    def for_rewards(
+        cls,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        reward_range: tuple[float, float],
+        discount: float,
+        noise_coverage: float = 0.1,
+        reward_offset: float = 0.01,
+        **options,
+    ) -> FlowCritic:
+        """A critic whose ranges follow from the rewards as in floq (see `value_ranges`)."""
+        value_range, noise_range = value_ranges(reward_range, discount, noise_coverage, reward_offset)
+        return cls(obs_dim, action_dim, value_range=value_range, noise_range=noise_range, **options)
+
+    def forward(
+        self,
+        obs: Tensor,
+        action: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        num_steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Q(obs, action).
+
+        Args:
+            obs: [..., O]. action: [..., A], the same leading shape; None if `action_dim` is 0.
+            noise: uniform draws in [0, 1], [..., S] for any S; drawn from `generator` if None, `num_samples` per value.
+            num_steps: K of this call.
+
+        Returns:
+            [..., 1], or [E, ..., 1] with an ensemble: the mean over the S walks.
+        """
+        cond, lead = _rows(self, obs, action)
+        u = self._draws(noise, lead, cond, generator)
+        z = ops.integrate(
+            self.field,
+            self.start(u).unsqueeze(-1),
+            cond,
+            num_steps=num_steps or self.num_steps,
+            backend=self.backend,
+            precision=self.precision,
+        )
+        q = z.mean(-2)
+        return q.reshape(*q.shape[:-2], *lead, 1)
+
+    def start(self, u: Tensor) -> Tensor:
+        """z_0 = (1 - u) l + u u' for uniform draws u: the start of the walk in `noise_range` = (l, u')."""
+        low, high = self.noise_range
+        return (1 - u) * low + u * high
+
+    def loss(
+        self,
+        obs: Tensor,
+        action: Tensor | None,
+        target: Tensor,
+        noise: Tensor | None = None,
+        t: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Flow-matching loss towards a target value (floq, critic loss): regress v(z_t, t) on target - z_0.
+
+        Args:
+            obs: [..., O]. action: [..., A]. target: [..., 1] or [...], without gradient.
+            noise, t: uniform draws in [0, 1], [..., S]; drawn from `generator` if None.
+            weight: [..., S] or [...].
+            reduction: "mean", "sum" or "none" (over members, rows and samples).
+
+        Returns:
+            0-d, or with "none" [..., S], [E, ..., S] with an ensemble.
+        """
+        cond, lead = _rows(self, obs, action)
+        if target.shape not in (lead, (*lead, 1)):
+            raise ValueError(f"FlowCritic.loss: target must be {[*lead, 1]}, got {list(target.shape)}")
+        u = self._draws(noise, lead, cond, generator)
+        samples = u.shape[-1]
+        if t is None:
+            t = _draw(torch.rand, u.shape, cond, generator)
+        if weight is not None:
+            weight = weight.reshape(-1) if weight.shape == lead else weight.reshape(-1, samples)
+        rows = ops.flow_matching_loss(
+            self.field,
+            self.start(u).unsqueeze(-1),
+            target.reshape(-1, 1),
+            t.reshape(-1, samples),
+            cond,
+            weight=weight,
+            reduction=reduction,
+            backend=self.backend,
+            precision=self.precision,
+        )
+        return rows if reduction != "none" else rows.reshape(*rows.shape[:-2], *lead, samples)
+
+    def _draws(self, noise: Tensor | None, lead: torch.Size, cond: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Uniform draws as [B, S]."""
+        if noise is None:
+            shape = (cond.shape[0], self.num_samples)
+            return _draw(torch.rand, shape, cond, generator)
+        if noise.shape[:-1] != lead or noise.dim() != len(lead) + 1:
+            raise ValueError(f"FlowCritic: noise must be {[*lead, 'S']}, got {list(noise.shape)}")
+        return noise.reshape(cond.shape[0], noise.shape[-1])
+
+
+class FlowPolicy(nn.Module):
+    """A policy that walks Gaussian noise to an action through K steps of v(x, t | obs), clipped at the end only (FQL).
+
+    Args:
+        obs_dim, action_dim: O and A.
+        hidden, activation, norm, time_embedding: of the velocity network.
+        num_steps: K of a call, also an argument of every call.
+        clip: actions are clipped to [-clip, clip]; None for none.
+        backend, precision: see `fastflow.integrate`.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        hidden: Sequence[int] = (512, 512, 512, 512),
+        activation: str = "gelu_tanh",
+        norm: str | None = None,
+        time_embedding: TimeEmbedding = RawTime(),  # noqa: B008 (frozen)
+        num_steps: int = 10,
+        clip: float | None = 1.0,
+        backend: str | None = None,
+        precision: str | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        spec = FieldSpec(
+            action_dim, obs_dim, tuple(hidden), activation=activation, norm=norm, time_embedding=time_embedding
+        )
+        self.field = VelocityField(spec, device, dtype)
+        self.obs_dim, self.action_dim = obs_dim, action_dim
+        self.num_steps, self.clip = num_steps, clip
+        self.backend, self.precision = backend, precision
+
+    def forward(
+        self,
+        obs: Tensor,
+        noise: Tensor | None = None,
+        *,
+        num_steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Actions [..., A] for obs [..., O]; `noise` [..., A] is drawn from N(0, I) by `generator` if None."""
+        cond, lead = _rows(self, obs, None)
+        x_0 = _normal(self, noise, lead, cond, generator)
+        x_1 = ops.integrate(
+            self.field,
+            x_0,
+            cond,
+            num_steps=num_steps or self.num_steps,
+            backend=self.backend,
+            precision=self.precision,
+        )
+        return _clip(x_1, self.clip).reshape(*lead, self.action_dim)
+
+    def loss(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        noise: Tensor | None = None,
+        t: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Flow-matching (behaviour cloning) loss: mean over A of (v(x_t, t | obs) - (action - noise))^2.
+
+        obs [..., O], action and noise [..., A], t and weight [...]; noise and t are drawn from `generator` if None. Returns 0-d,
+        or [...] with `reduction="none"`.
+        """
+        cond, lead = _rows(self, obs, None)
+        x_0 = _normal(self, noise, lead, cond, generator)
+        if t is None:
+            t = _draw(torch.rand, x_0.shape[:1], cond, generator)
+        rows = ops.flow_matching_loss(
+            self.field,
+            x_0,
+            action.reshape(x_0.shape),
+            t.reshape(-1),
+            cond,
+            weight=None if weight is None else weight.reshape(-1),
+            reduction=reduction,
+            backend=self.backend,
+            precision=self.precision,
+        )
+        return rows if reduction != "none" else rows.reshape(lead)
+
+
+class OneStepPolicy(nn.Module):
+    """A policy that maps (obs, noise) to an action in one pass: FQL's distilled one-step actor.
+
+    Args:
+        obs_dim, action_dim: O and A.
+        hidden, activation, norm: of the network [obs, noise] -> action.
+        clip: actions are clipped to [-clip, clip] unless a call asks for the raw output; None for none.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        hidden: Sequence[int] = (512, 512, 512, 512),
+        activation: str = "gelu_tanh",
+        norm: str | None = None,
+        clip: float | None = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        widths = (obs_dim + action_dim, *hidden, action_dim)
+        self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), None, norm, device, dtype)
+        self.obs_dim, self.action_dim = obs_dim, action_dim
+        self.activation, self.norm, self.clip = activation, norm, clip
+
+    def forward(
+        self,
+        obs: Tensor,
+        noise: Tensor | None = None,
+        *,
+        raw: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Actions [..., A] for obs [..., O]; `noise` [..., A] is drawn from N(0, I) by `generator` if None; `raw` skips the clip."""
+        cond, lead = _rows(self, obs, None)
+        x = torch.cat([cond, _normal(self, noise, lead, cond, generator)], dim=-1)
+        out = reference.dense_stack(x, self.network.parameter_list(), self.activation, self.norm)
+        return (out if raw else _clip(out, self.clip)).reshape(*lead, self.action_dim)
+
+
+class ValueNetwork(nn.Module):
+    """A plain (monolithic) critic, [obs, action] -> value: floq's distilled critic, FQL's critic.
+
+    Args:
+        obs_dim, action_dim: O and A; `action_dim=0` gives a state value.
+        hidden, activation, norm: of the network.
+        ensemble: E members side by side, None for one.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        hidden: Sequence[int] = (512, 512, 512, 512),
+        ensemble: int | None = 2,
+        activation: str = "gelu_tanh",
+        norm: str | None = "layer",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        widths = (obs_dim + action_dim, *hidden, 1)
+        self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), ensemble, norm, device, dtype)
+        self.obs_dim, self.action_dim, self.ensemble = obs_dim, action_dim, ensemble
+        self.activation, self.norm = activation, norm
+
+    def forward(self, obs: Tensor, action: Tensor | None = None, *, frozen: bool = False) -> Tensor:
+        """[..., 1], or [E, ..., 1] with an ensemble; with `frozen` gradients reach obs and action but no parameter."""
+        x, lead = _rows(self, obs, action)
+        if self.ensemble is not None:
+            x = x.expand(self.ensemble, *x.shape)
+        parameters = self.network.parameter_list()
+        if frozen:
+            parameters = [p.detach() for p in parameters]
+        out = reference.dense_stack(x, parameters, self.activation, self.norm)
+        return out.reshape(*out.shape[:-2], *lead, 1)
+
+
+def value_ranges(
+    reward_range: tuple[float, float], discount: float, noise_coverage: float = 0.1, reward_offset: float = 0.01
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The value range of the HL-Gauss embedding and the range of the uniform start, as floq sets them from the rewards.
+
+    value_range = ((r_min - reward_offset) / (1 - discount), (r_max + reward_offset) / (1 - discount)),
+    noise_range = noise_coverage * (r_min, r_max) / (1 - discount).
+    """
+    r_min, r_max = reward_range
+    if not 0 <= discount < 1:
+        raise ValueError(f"value_ranges: discount must be in [0, 1), got {discount}")
+    if r_min > r_max:
+        raise ValueError(f"value_ranges: reward_range must be (r_min, r_max), got {reward_range}")
+    scale = 1 / (1 - discount)
+    value_range = ((r_min - reward_offset) * scale, (r_max + reward_offset) * scale)
+    return value_range, (noise_coverage * r_min * scale, noise_coverage * r_max * scale)
+
+
+def _rows(module: nn.Module, obs: Tensor, action: Tensor | None) -> tuple[Tensor, torch.Size]:
+    """[obs, action] as [B, O + A] and the leading shape they came with."""
+    name = type(module).__name__
+    if obs.dim() == 0 or obs.shape[-1] != module.obs_dim:
+        raise ValueError(f"{name}: obs must be [..., {module.obs_dim}], got {list(obs.shape)}")
+    lead = obs.shape[:-1]
+    width = module.action_dim if isinstance(module, (FlowCritic, ValueNetwork)) else 0
+    if action is None and width:
+        raise ValueError(f"{name}: action must be {[*lead, width]}, got None")
+    if action is not None:
+        if action.shape != (*lead, width):
+            raise ValueError(f"{name}: action must be {[*lead, width]}, got {list(action.shape)}")
+        obs = torch.cat([obs, action], dim=-1)
+    return obs.reshape(lead.numel(), obs.shape[-1]), lead
+
+
+def _normal(
+    module: nn.Module, noise: Tensor | None, lead: torch.Size, cond: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Gaussian noise as [B, A]: the caller's, or drawn."""
+    width = module.action_dim
+    if noise is None:
+        return _draw(torch.randn, (cond.shape[0], width), cond, generator)
+    if noise.shape != (*lead, width):
+        raise ValueError(f"{type(module).__name__}: noise must be {[*lead, width]}, got {list(noise.shape)}")
+    return noise.reshape(cond.shape[0], width)
+
+
+def _draw(sampler: Callable[..., Tensor], shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    # torch.compile follows symbolic shapes only through the overload without a generator.
+    given = {} if generator is None else {"generator": generator}
+    return sampler(shape, dtype=like.dtype, device=like.device, **given)
+
+
+def _clip(action: Tensor, limit: float | None) -> Tensor:
+    return action if limit is None else action.clamp(-limit, limit)

@@ -1,0 +1,221 @@
+"""Ahead-of-time compilation of every kernel for every arch of the plan, without a GPU: registers, stack, shared memory, opcodes.
+
+    python -m fastflow.kernels.aot [--arch 90] [--kernel integrate_fwd] [--case floq] [--json]
+
+prints the table. It needs triton for Linux, whose wheel carries the assembler and the disassembler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+
+from . import plan
+
+# Networks the table is printed for: floq's critic, FQL's actor, the demo's critic, in the precisions of the operators.
+FLOQ = plan.Network(
+    1, 42, (512,) * 4, "gelu_tanh", True, 1e-6, "hl_gauss", 50, -101.0, 1.0, 16.0, "cosine", 1, precision="bf16"
+)
+ACTOR = plan.Network(
+    5, 37, (512,) * 4, "gelu_tanh", False, 1e-6, "identity", 5, 0.0, 1.0, 1.0, "raw", 1, precision="bf16"
+)
+CASES = {
+    "floq": FLOQ,
+    "floq-tf32": dataclasses.replace(FLOQ, precision="tf32"),
+    "floq-fp32": dataclasses.replace(FLOQ, precision="fp32"),
+    "floq-1024": dataclasses.replace(FLOQ, hidden=(1024,) * 4),
+    "floq-256": dataclasses.replace(FLOQ, hidden=(256,) * 4),
+    "floq-64": dataclasses.replace(FLOQ, hidden=(64, 64)),
+    "floq-64-tf32": dataclasses.replace(FLOQ, hidden=(64, 64), precision="tf32"),
+    "actor": ACTOR,
+    "actor-tf32": dataclasses.replace(ACTOR, precision="tf32"),
+}
+KERNELS = ("integrate_fwd", "matching_fwd", "matching_bwd")
+ARCHES = tuple(plan.SHARED_MEMORY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes."""
+
+    kernel: str
+    case: str
+    arch: int
+    tiles: plan.Tiles
+    registers: int
+    stack: int  # bytes per thread: spills and local arrays
+    shared: int  # bytes per program
+    opcodes: dict[str, int]
+    seconds: float
+
+    @property
+    def tensor_cores(self) -> int:
+        """Matrix instructions in the binary, of any generation."""
+        return sum(n for name, n in self.opcodes.items() if name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA"))
+
+    def row(self) -> str:
+        """One line of the table."""
+        t = self.tiles
+        ops = " ".join(f"{name}:{n}" for name, n in self.opcodes.items())
+        return (
+            f"{self.kernel:14s} {self.case:12s} sm_{self.arch:<4d} {t.rows:3d}x{t.columns:<3d} w{t.num_warps:<2d} s{t.num_stages} "
+            f"regs {self.registers:3d} stack {self.stack:5d} shared {self.shared:6d} {ops} ({self.seconds:.1f} s)"
+        )
+
+
+def entries(kernel: str, case: str, arch: int) -> tuple[plan.Tiles, ...]:
+    """The plan's tiles for one kernel, network and arch."""
+    net = CASES[case]
+    return plan.candidates(kernel, arch, net.precision, net.width_padded)
+
+
+def compile_kernel(kernel: str, case: str, arch: int, tiles: plan.Tiles) -> Resources:
+    """Compile one kernel for one arch and read what it takes from the binary.
+
+    Raises:
+        RuntimeError: the compiler refuses; its log's last line is in the message.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, types, constants = arguments(kernel, CASES[case], tiles)
+    signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
+    # What a launch knows of its arguments: every pointer is aligned to 16 bytes, MP is a multiple of 16.
+    aligned = [i for i, name in enumerate(function.arg_names) if signature[name].startswith("*") or name == "MP"]
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    start = time.perf_counter()
+    log = io.StringIO()
+    try:
+        # On failure triton prints the whole assembly.
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            compiled = triton.compile(
+                source,
+                target=GPUTarget("cuda", arch, 32),
+                options={"num_warps": tiles.num_warps, "num_stages": 3, "enable_fp_fusion": True},
+            )
+    except Exception as error:
+        raise RuntimeError(f"{kernel} {case} sm_{arch} {tiles}: {type(error).__name__}: {str(error)[-300:]}") from error
+    seconds = time.perf_counter() - start
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = os.path.join(folder, "kernel.cubin")
+        pathlib.Path(cubin).write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([tools, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tools, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"{kernel} {case} sm_{arch}: cuobjdump printed no resource usage: {usage[:200]!r}")
+    count = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_]+)", sass, re.M))
+    shown = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA", "LDGSTS", "LDL", "STL", "MUFU", "FFMA")
+    return Resources(
+        kernel,
+        case,
+        arch,
+        tiles,
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=compiled.metadata.shared,
+        opcodes={name: count[name] for name in shown if count[name]},
+        seconds=seconds,
+    )
+
+
+def arguments(kernel: str, net: plan.Network, tiles: plan.Tiles) -> tuple[object, dict[str, str], dict[str, object]]:
+    """A kernel's function, the types of its run-time arguments and its constexpr values, as the launchers give them."""
+    from .integrate import constants, integrate_fwd_kernel
+    from .matching import matching_bwd_kernel, matching_fwd_kernel
+
+    function = {
+        "integrate_fwd": integrate_fwd_kernel,
+        "matching_fwd": matching_fwd_kernel,
+        "matching_bwd": matching_bwd_kernel,
+    }[kernel]
+    packed = "*bf16" if net.precision == "bf16" else "*fp32"
+    stored = {"w_cond_ptr", "w_feat_ptr", "w_hidden_ptr", "c_ptr", "y_ptr", "feat_ptr", "pre_ptr", "h_ptr", "xhat_ptr", "dpre_ptr"}
+    integers = {"M", "MP", "samples", "num_steps", "cond_stride_e"}
+    types = {}
+    for name in function.arg_names:
+        if name.endswith("_ptr"):
+            types[name] = packed if name in stored else "*fp32"
+        else:
+            types[name] = "i32" if name in integers else "fp32"
+    values = constants(net, time=kernel != "integrate_fwd") | {
+        "T": net.time_features,
+        "TIME": net.time_embedding,
+        "INTERPOLATE": True,
+        "SAVE": True,
+        "FAST": net.precision == "bf16",
+        "BM": tiles.rows,
+        "BN": tiles.columns,
+        "STAGES": tiles.num_stages,
+    }
+    return function, types, {name: values[name] for name in function.arg_names if name in values}
+
+
+def table(
+    kernels: tuple[str, ...] = KERNELS,
+    cases: tuple[str, ...] = tuple(CASES),
+    arches: tuple[int, ...] = ARCHES,
+    jobs: int | None = None,
+) -> Iterator[Resources | RuntimeError]:
+    """Compile the plan's entries, several at a time; yields resources or the compiler's refusal in order."""
+    work = [(k, c, a, t) for k in kernels for c in cases for a in arches for t in entries(k, c, a)]
+    with concurrent.futures.ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
+        yield from pool.map(_try_compile, work)
+
+
+def _try_compile(work: tuple[str, str, int, plan.Tiles]) -> Resources | RuntimeError:
+    try:
+        return compile_kernel(*work)
+    except RuntimeError as error:
+        return error
+
+
+def main() -> int:
+    """Print the table; exit code 1 if something does not compile or does not fit its arch."""
+    parser = argparse.ArgumentParser(prog="python -m fastflow.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHES, choices=ARCHES)
+    parser.add_argument("--kernel", nargs="*", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--case", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    args = parser.parse_args()
+    import triton
+
+    if not args.json:
+        print(f"triton {triton.__version__}")
+    good = True
+    for found in table(tuple(args.kernel), tuple(args.case), tuple(args.arch), args.jobs):
+        if isinstance(found, RuntimeError):
+            good = False
+            print(json.dumps({"error": str(found)}) if args.json else f"FAILED {found}", flush=True)
+            continue
+        fits = found.shared <= plan.SHARED_MEMORY[found.arch]
+        good &= fits
+        if args.json:
+            print(json.dumps(dataclasses.asdict(found) | {"triton": triton.__version__}), flush=True)
+        else:
+            print(found.row() + ("" if fits else f"  DOES NOT FIT {plan.SHARED_MEMORY[found.arch]}"), flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

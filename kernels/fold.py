@@ -1,0 +1,231 @@
+"""Packing weights for the kernels: LayerNorm folded into the Dense layer behind it, padded, cast; and the way back for gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import plan
+
+
+@triton.jit
+def fold_kernel(
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    b_ptr,
+    w_out_ptr,
+    b_out_ptr,
+    stride_e,
+    stride_in,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    IN_P: tl.constexpr,
+    OUT_P: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    BI: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """W'' = diag(scale) W minus its column means (W itself without NORM) as [E, IN_P, OUT_P], b' = b + shift W as [E, OUT_P]."""
+    i_n = tl.program_id(0)
+    i_e = tl.program_id(1).to(tl.int64)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_n = o_n < OUT
+    b_mean = tl.zeros([BN], tl.float32)
+    b_bias = tl.zeros([BN], tl.float32)
+    if NORM:
+        for i in tl.range(0, IN, BI):
+            o_i = i + tl.arange(0, BI)
+            m_i = o_i < IN
+            b_w = tl.load(
+                w_ptr + i_e * stride_e + o_i[:, None] * stride_in + o_n[None, :],
+                mask=m_i[:, None] & m_n[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            b_g = tl.load(scale_ptr + i_e * IN + o_i, mask=m_i, other=0.0).to(tl.float32)
+            b_s = tl.load(shift_ptr + i_e * IN + o_i, mask=m_i, other=0.0).to(tl.float32)
+            b_mean += tl.sum(b_g[:, None] * b_w, 0)
+            b_bias += tl.sum(b_s[:, None] * b_w, 0)
+        b_mean = b_mean / IN
+    if BIAS:
+        b_bias += tl.load(b_ptr + i_e * OUT + o_n, mask=m_n, other=0.0).to(tl.float32)
+        tl.store(b_out_ptr + i_e * OUT_P + o_n, b_bias, mask=o_n < OUT_P)
+    for i in tl.range(0, IN_P, BI):
+        o_i = i + tl.arange(0, BI)
+        m = (o_i < IN)[:, None] & m_n[None, :]
+        b_w = tl.load(w_ptr + i_e * stride_e + o_i[:, None] * stride_in + o_n[None, :], mask=m, other=0.0).to(tl.float32)
+        if NORM:
+            b_g = tl.load(scale_ptr + i_e * IN + o_i, mask=o_i < IN, other=0.0).to(tl.float32)
+            b_w = tl.where(m, b_g[:, None] * b_w - b_mean[None, :], 0.0)
+        tl.store(
+            w_out_ptr + i_e * IN_P * OUT_P + o_i[:, None] * OUT_P + o_n[None, :],
+            b_w.to(w_out_ptr.dtype.element_ty),
+            mask=(o_i < IN_P)[:, None] & (o_n < OUT_P)[None, :],
+        )
+
+
+@triton.jit
+def unfold_kernel(
+    g_ptr,
+    db_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    dw_ptr,
+    dscale_ptr,
+    dshift_ptr,
+    stride_g,
+    stride_db,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    OUT_P: tl.constexpr,
+    BI: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Gradients through the fold. With G = xhat^T dpre [E, IN_P, OUT_P] and db = sum of dpre:
+
+    dW = diag(scale) G + shift db^T,    dscale = rowsum(W o G),    dshift = W db.
+    """
+    i_i = tl.program_id(0)
+    i_e = tl.program_id(1).to(tl.int64)
+    o_i = i_i * BI + tl.arange(0, BI)
+    m_i = o_i < IN
+    b_scale = tl.load(scale_ptr + i_e * IN + o_i, mask=m_i, other=0.0).to(tl.float32)
+    b_shift = tl.load(shift_ptr + i_e * IN + o_i, mask=m_i, other=0.0).to(tl.float32)
+    b_dscale = tl.zeros([BI], tl.float32)
+    b_dshift = tl.zeros([BI], tl.float32)
+    for n in tl.range(0, OUT, BN):
+        o_n = n + tl.arange(0, BN)
+        m = m_i[:, None] & (o_n < OUT)[None, :]
+        b_g = tl.load(g_ptr + i_e * stride_g + o_i[:, None] * OUT_P + o_n[None, :], mask=m, other=0.0).to(tl.float32)
+        b_w = tl.load(w_ptr + i_e * IN * OUT + o_i[:, None] * OUT + o_n[None, :], mask=m, other=0.0).to(tl.float32)
+        b_db = tl.load(db_ptr + i_e * stride_db + o_n, mask=o_n < OUT, other=0.0)
+        b_dscale += tl.sum(b_w * b_g, 1)
+        b_dshift += tl.sum(b_w * b_db[None, :], 1)
+        b_dw = b_scale[:, None] * b_g + b_shift[:, None] * b_db[None, :]
+        tl.store(dw_ptr + i_e * IN * OUT + o_i[:, None] * OUT + o_n[None, :], b_dw, mask=m)
+    tl.store(dscale_ptr + i_e * IN + o_i, b_dscale, mask=m_i)
+    tl.store(dshift_ptr + i_e * IN + o_i, b_dshift, mask=m_i)
+
+
+@dataclass
+class Packed:
+    """The weights of all members as the kernels read them; lives for one call."""
+
+    w_cond: Tensor  # [E, CP, HP] in the products' dtype
+    w_feat: Tensor  # [E, FP, HP]
+    bias: Tensor  # [E, HP] float32, of the first layer
+    w_hidden: Tensor  # [L - 1, E, HP, HP]
+    b_hidden: Tensor  # [L - 1, E, HP] float32
+    w_out: Tensor  # [E, HP, DP] float32
+    b_out: Tensor  # [E, DP] float32
+
+
+def product_dtype(net: plan.Network) -> torch.dtype:
+    """What the operands of the matrix products are stored as."""
+    return torch.bfloat16 if net.precision == "bf16" else torch.float32
+
+
+def members(parameters: list[Tensor]) -> list[Tensor]:
+    """Parameters with an E axis: a network without an ensemble is one member."""
+    return [p.unsqueeze(0) if parameters[0].dim() == 2 else p for p in parameters]
+
+
+def pack(fields: list[list[Tensor]], net: plan.Network, time: bool) -> Packed:
+    """Pack several fields of one network, their members one behind the other. `time` keeps the time rows beside the state rows."""
+    fields = [members(ps) for ps in fields]
+    first = fields[0][0]
+    e = sum(ps[0].shape[0] for ps in fields)
+    dtype, layers, hp = product_dtype(net), net.layers, net.width_padded
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, device=first.device, dtype=dtype)
+
+    packed = Packed(
+        w_cond=empty(e, net.cond_padded, hp, dtype=dtype),
+        w_feat=empty(e, net.features_padded(time), hp, dtype=dtype),
+        bias=empty(e, hp),
+        w_hidden=empty(layers - 1, e, hp, hp, dtype=dtype),
+        b_hidden=empty(layers - 1, e, hp),
+        w_out=empty(e, hp, net.state_padded),
+        b_out=empty(e, net.state_padded),
+    )
+    c, f = net.cond_dim, net.state_features + (net.time_features if time else 0)
+    i_e = 0
+    for ps in fields:
+        part = slice(i_e, i_e + ps[0].shape[0])
+        w, b = ps[0], ps[1]
+        if c:
+            _fold(w[:, :c], None, None, None, packed.w_cond[part], None)
+        _fold(w[:, c : c + f], b, None, None, packed.w_feat[part], packed.bias[part])
+        for i in range(1, layers + 1):
+            scale, shift = ps[2 * (layers + i) : 2 * (layers + i) + 2] if net.norm else (None, None)
+            last = i == layers
+            w_out = packed.w_out[part] if last else packed.w_hidden[i - 1, part]
+            b_out = packed.b_out[part] if last else packed.b_hidden[i - 1, part]
+            _fold(ps[2 * i], ps[2 * i + 1], scale, shift, w_out, b_out)
+        i_e = part.stop
+    return packed
+
+
+def _fold(
+    w: Tensor, b: Tensor | None, scale: Tensor | None, shift: Tensor | None, w_out: Tensor, b_out: Tensor | None
+) -> None:
+    if w.stride(-1) != 1:
+        w = w.contiguous()
+    e, n_in, n_out = w.shape
+    in_p, out_p = w_out.shape[1:]
+    bn = min(32, out_p)
+    fold_kernel[(triton.cdiv(out_p, bn), e)](
+        w,
+        w if scale is None else scale.contiguous(),
+        w if shift is None else shift.contiguous(),
+        w if b is None else b.contiguous(),
+        w_out,
+        w_out if b_out is None else b_out,
+        w.stride(0),
+        w.stride(1),
+        IN=n_in,
+        OUT=n_out,
+        IN_P=in_p,
+        OUT_P=out_p,
+        NORM=scale is not None,
+        BIAS=b is not None,
+        BI=64,
+        BN=bn,
+        num_warps=4,
+    )
+
+
+def unfold(g: Tensor, db: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dW, dscale, dshift) from G [E, IN_P, OUT_P] (inner two axes contiguous) and db [E, OUT_P], all float32."""
+    w, scale, shift = w.contiguous(), scale.contiguous(), shift.contiguous()
+    e, n_in, n_out = w.shape
+    dw = torch.empty_like(w, dtype=torch.float32)
+    dscale = torch.empty_like(scale, dtype=torch.float32)
+    dshift = torch.empty_like(shift, dtype=torch.float32)
+    bi = 16
+    unfold_kernel[(triton.cdiv(n_in, bi), e)](
+        g,
+        db,
+        w,
+        scale,
+        shift,
+        dw,
+        dscale,
+        dshift,
+        g.stride(0),
+        db.stride(0),
+        IN=n_in,
+        OUT=n_out,
+        OUT_P=g.shape[-1],
+        BI=bi,
+        BN=max(16, min(64, plan.power_of_2(n_out))),
+        num_warps=4,
+    )
+    return dw, dscale, dshift

@@ -1,0 +1,38 @@
+"""Where a launch runs: the device's arch and multiprocessors, or the interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+
+import torch
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels (it knows neither inline assembly nor bfloat16 products)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.lru_cache(maxsize=None)
+def target(device: torch.device) -> tuple[int, int]:
+    """(arch as major * 10 + minor, multiprocessors) of a device; an H100's for CPU tensors under the interpreter."""
+    if device.type != "cuda":
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+@contextlib.contextmanager
+def exact_products(precision: str) -> Iterator[None]:
+    """torch's own float32 products at the asked precision ("fp32" or "tf32"), whatever the global setting says."""
+    if precision == "bf16" or not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -1,0 +1,95 @@
+"""Device functions that every kernel shares: activations and their derivatives, state and time embeddings, row statistics."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    """1 / (1 + exp(-x)); FAST uses the hardware tanh (relative error 5e-4, below bfloat16 rounding)."""
+    if FAST:
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1)
+        return 0.5 + 0.5 * t
+    else:
+        return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
+    """The activation, float32. tanh-GELU is x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)): the cheap exact form.
+
+    Constants are literals: the interpreter turns a global constexpr times a tensor into something that is neither.
+    """
+    if ACT == "gelu_tanh":
+        return x * sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), FAST)
+    elif ACT == "silu":
+        return x * sigmoid(x, FAST)
+    else:
+        return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def activate_grad(x, ACT: tl.constexpr, FAST: tl.constexpr):
+    """The activation and its derivative, float32."""
+    if ACT == "gelu_tanh":
+        s = sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), FAST)
+        return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * x * x)
+    elif ACT == "silu":
+        s = sigmoid(x, FAST)
+        return x * s, s + x * s * (1.0 - s)
+    else:
+        return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
+
+
+@triton.jit
+def embed_state(b_x, o_f, low, high, std, EMBED: tl.constexpr, F: tl.constexpr):
+    """State features [BM, FP] of b_x [BM, 1] or [BM, FP]; columns from F on are zero.
+
+    hl_gauss is evaluated from two erfs per interval in float32; x is clamped to three standard deviations outside the range.
+    """
+    m_f = o_f[None, :] < F
+    if EMBED == "hl_gauss":
+        width = (high - low) / F
+        inv = 0.7071067811865476 / std
+        z = tl.minimum(tl.maximum(b_x, low - 3.0 * std), high + 3.0 * std)
+        left = low + width * o_f[None, :].to(tl.float32)
+        mass = tl.erf((left + width - z) * inv) - tl.erf((left - z) * inv)
+        return tl.where(m_f, mass / (tl.erf((high - z) * inv) - tl.erf((low - z) * inv)), 0.0)
+    elif EMBED == "scaled":
+        return tl.where(m_f, (b_x - low) / (high - low), 0.0)
+    else:
+        return tl.where(m_f, b_x, 0.0)
+
+
+@triton.jit
+def cosine(turns, FAST: tl.constexpr):
+    """cos(2 pi turns); FAST reduces to half a turn and uses the hardware cosine (absolute error 5e-7 there)."""
+    if FAST:
+        r = turns - tl.floor(turns + 0.5)
+        return tl.inline_asm_elementwise(
+            "cos.approx.f32 $0, $1;", "=f,f", [6.283185307179586 * r], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.cos(6.283185307179586 * turns)
+
+
+@triton.jit
+def embed_time(b_t, o_f, EMBED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, FAST: tl.constexpr):
+    """Time features of b_t [BM, 1] in columns FIRST..FIRST+COUNT-1 of [BM, FP]; zero elsewhere."""
+    j = o_f[None, :] - FIRST
+    m_f = (j >= 0) & (j < COUNT)
+    if EMBED == "raw":
+        return tl.where(m_f, b_t, 0.0)
+    elif EMBED == "cosine":
+        return tl.where(m_f, cosine(0.15915494309189535 * b_t, FAST), 0.0)
+    else:
+        return tl.where(m_f, cosine((j + 1).to(tl.float32) * 0.5 * b_t, FAST), 0.0)
+
+
+@triton.jit
+def row_scale(s1, s2, H: tl.constexpr, eps):
+    """Mean and rsqrt(variance + eps) of rows from their sum and sum of squares."""
+    mu = s1 / H
+    return mu, tl.rsqrt(tl.maximum(s2 / H - mu * mu, 0.0) + eps)
