@@ -1,18 +1,25 @@
-"""Flow-matching critics and policies for reinforcement learning, with the K-step integration and the loss as one operation."""
+"""Flow-matching critics and policies for reinforcement learning: the K-step integration and the loss, each one operation."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from fastflow._version import __version__
-from fastflow.fields import (
-    Cosine,
-    CosineFourier,
-    FieldSpec,
-    HLGauss,
-    Identity,
-    RawTime,
-    Scaled,
-    VelocityField,
-)
-from fastflow.modules import FlowCritic, FlowPolicy, OneStepPolicy, ValueNetwork
-from fastflow.ops import flow_matching_loss, integrate, velocity_matching_loss
+
+if TYPE_CHECKING:
+    from fastflow.fields import (
+        Cosine,
+        CosineFourier,
+        FieldSpec,
+        HLGauss,
+        Identity,
+        RawTime,
+        Scaled,
+        VelocityField,
+    )
+    from fastflow.modules import FlowCritic, FlowPolicy, OneStepPolicy, ValueNetwork
+    from fastflow.ops import flow_matching_loss, integrate, velocity_matching_loss
 
 __all__ = [
     "Cosine",
@@ -32,3 +39,22 @@ __all__ = [
     "integrate",
     "velocity_matching_loss",
 ]
+
+_MODULES = {
+    "fields": ["Cosine", "CosineFourier", "FieldSpec", "HLGauss", "Identity", "RawTime", "Scaled", "VelocityField"],
+    "modules": ["FlowCritic", "FlowPolicy", "OneStepPolicy", "ValueNetwork"],
+    "ops": ["flow_matching_loss", "integrate", "velocity_matching_loss"],
+}
+
+
+def __getattr__(name: str) -> object:
+    # torch takes over a second to import, and the command line answers --help and errors without it.
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(f"fastflow.{module}"), name)
+            return value
+    raise AttributeError(f"module 'fastflow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

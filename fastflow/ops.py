@@ -7,6 +7,7 @@ and layers. Public functions check and bring tensors to the canonical form [E, B
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastflow import reference
 from fastflow.fields import FieldSpec, VelocityField
+from fastflow.kernels import plan  # needs no triton
 
 BACKENDS = ("auto", "fused", "reference")
 PRECISIONS = ("bf16", "tf32", "fp32")
@@ -195,11 +197,27 @@ def _check_steps(num_steps: int, method: str, t_1: float) -> None:
 class _Call:
     """One public call on its way to the operator: what is checked once and the axes to put back at the end."""
 
+    name: str
+    backend: str
+    precision: str
+    plain: bool  # plain PyTorch instead of the operator
+    spec: FieldSpec
+    key: str
+    parameters: list[Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    has_members: bool
+    members: int  # E, of all fields together
+    has_samples: bool
+    batch: int
+    samples: int
+
     @classmethod
     def open(cls, name: str, field: Fields, backend: str | None, precision: str | None) -> _Call:
-        fields = (field,) if isinstance(field, VelocityField) else tuple(field)
+        fields = tuple(field) if isinstance(field, (list, tuple)) else (field,)
         if not fields or not all(isinstance(f, VelocityField) for f in fields):
-            raise TypeError(f"{name}: field must be a VelocityField or several, got {[type(f).__name__ for f in fields]}")
+            kinds = [type(f).__name__ for f in fields]
+            raise TypeError(f"{name}: field must be a VelocityField or several, got {kinds}")
         for other in fields[1:]:
             if other.key != fields[0].key:
                 raise ValueError(f"{name}: several fields must share one spec, got {fields[0].spec} and {other.spec}")
@@ -323,7 +341,7 @@ class _Call:
 
     def fused(self, unsupported: str | None = None) -> bool:
         """Whether kernels run this call; raises for `backend="fused"` where they cannot, warns once for "auto" on CUDA."""
-        why = unsupported or _why_not_fused(self.key, self.device.type, str(self.dtype), self.backend)
+        why = unsupported or _why_not_fused(self.spec, self.device, self.dtype, self.precision, self.backend)
         if why is None:
             return True
         if self.backend == "fused":
@@ -345,32 +363,27 @@ def _resolve_precision(precision: str | None, dtype: torch.dtype, device: torch.
     return "fp32"
 
 
-@torch.compiler.assume_constant_result
-def _why_not_fused(key: str, device_type: str, dtype: str, backend: str) -> str | None:
+def _why_not_fused(spec: FieldSpec, device: torch.device, dtype: torch.dtype, precision: str, backend: str) -> str | None:
     """What keeps kernels from running a call, or None."""
-    spec = FieldSpec.from_key(key)
-    if device_type != "cuda" and not (device_type == "cpu" and backend == "fused" and kernels_interpreted()):
-        return f"{device_type} tensors"
-    if dtype not in ("torch.float32", "torch.bfloat16"):
+    if device.type != "cuda" and not (device.type == "cpu" and backend == "fused" and _INTERPRETED):
+        return f"{device.type} tensors"
+    if dtype not in (torch.float32, torch.bfloat16):
         return f"{dtype} parameters (float32 and bfloat16 have one)"
-    try:
-        from fastflow.kernels import plan
-    except ImportError as error:
-        return f"an installation without triton ({error})"
-    return plan.why_unsupported(spec.hidden, spec.state_dim, spec.cond_dim, spec.state_features, spec.time_features)
+    if not _HAS_TRITON:
+        return "an installation without triton"
+    widths = (spec.hidden, spec.state_dim, spec.state_features, spec.time_features)
+    return plan.why_unsupported(*widths, precision, device.index or 0 if device.type == "cuda" else None)
 
 
-def kernels_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors (the environment variable TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
+# What the kernels need is looked at once: neither changes while a process runs.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _warned: set[tuple[str, str]] = set()
 
 
-@torch.compiler.assume_constant_result
 def _warn_reference(name: str, why: str) -> None:
-    if (name, why) not in _warned:
+    if not torch.compiler.is_compiling() and (name, why) not in _warned:
         _warned.add((name, why))
         warnings.warn(f"fastflow.{name} runs on the PyTorch reference: no fused kernel for {why}", stacklevel=4)
 
@@ -425,31 +438,25 @@ def _reference_rows(
     return rows.unsqueeze(0) if spec.ensemble is None else rows
 
 
-def _vmap_canonical(
-    info: Any, in_dims: Sequence[Any], key: str, tensors: Sequence[Tensor], parameters: Sequence[Tensor], p_dims: Any
+def _fold_vmap(
+    v: int, key: str, tensors: Sequence[Tensor], dims: Sequence[Any], parameters: Sequence[Tensor], p_dims: Any
 ) -> tuple[list[Tensor], list[Tensor], str]:
-    """Folds a vmapped axis V into the ensemble: tensors [V * E, ...], parameters [V * E, ...], and the spec of that ensemble."""
-    v = info.batch_size
-    spec = FieldSpec.from_key(key)
-    n = 2 * len(spec.layer_sizes) + (2 * len(spec.hidden) if spec.norm else 0)
-    if len(parameters) != n:
+    """Folds a vmapped axis of size V into the ensemble: tensors and parameters [V * E, ...], and the spec of that ensemble."""
+    spec, fields = _per_field(key, parameters)
+    if len(fields) != 1:
         raise NotImplementedError("fastflow: vmap over several fields in one call; vmap one field, or use backend='reference'")
-
-    def fold(x: Tensor, dim: int | None, has_members: bool) -> Tensor:
-        x = x.expand(v, *x.shape) if dim is None else x.movedim(dim, 0)
-        return x.flatten(0, 1) if has_members else x
-
     members = spec.ensemble or 1
-    folded = []
-    for x, dim in zip(tensors, in_dims, strict=True):
-        if x.dim() and dim is not None and x.shape[0 if dim else 1] != members:  # cond [1, B, C], shared over E
-            x, dim = x.movedim(dim, 0).expand(v, members, *x.movedim(dim, 0).shape[2:]), 0
-        elif dim is None and x.shape[0] != members:
-            x = x.expand(members, *x.shape[1:])
-        folded.append(fold(x, dim, True))
-    p_dims = p_dims if p_dims is not None else [None] * n
-    ps = [fold(p, dim, spec.ensemble is not None) for p, dim in zip(parameters, p_dims, strict=True)]
-    return folded, ps, dataclasses.replace(spec, ensemble=v * members).key
+
+    def fold(x: Tensor, dim: int | None, has_members: bool = True) -> Tensor:
+        x = x.expand(v, *x.shape) if dim is None else x.movedim(dim, 0)
+        if not has_members:
+            return x
+        return x.expand(v, members, *x.shape[2:]).flatten(0, 1)  # cond may be [1, B, C], shared over E
+
+    folded = [fold(x, dim) for x, dim in zip(tensors, dims, strict=True)]
+    p_dims = p_dims if p_dims is not None else [None] * len(parameters)
+    folded_parameters = [fold(p, dim, spec.ensemble is not None) for p, dim in zip(parameters, p_dims, strict=True)]
+    return folded, folded_parameters, dataclasses.replace(spec, ensemble=v * members).key
 
 
 def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
@@ -524,10 +531,9 @@ _integrate_bwd.register_autograd(_refuse_double_backward, setup_context=_save_no
 
 @_integrate.register_vmap
 def _(info, in_dims, x_0, cond, parameters, key, *options):
-    members = x_0.shape[0 if in_dims[0] != 0 else 1]
-    (x_0, cond), parameters, key = _vmap_canonical(info, in_dims[:2], key, (x_0, cond), parameters, in_dims[2])
-    out = torch.ops.fastflow.integrate(x_0, cond, parameters, key, *options)
-    return out.unflatten(0, (info.batch_size, members)), 0
+    v = info.batch_size
+    (x_0, cond), parameters, key = _fold_vmap(v, key, (x_0, cond), in_dims[:2], parameters, in_dims[2])
+    return torch.ops.fastflow.integrate(x_0, cond, parameters, key, *options).unflatten(0, (v, -1)), 0
 
 
 def _vjp(function, grad, *inputs):
@@ -634,10 +640,17 @@ _matching_loss_op.register_autograd(_matching_backward, setup_context=_matching_
 _matching_loss_bwd.register_autograd(_refuse_double_backward, setup_context=_save_nothing)
 
 
-def _kernel_options(spec: FieldSpec, precision: str):
-    """What a kernel launcher needs to know of the spec, in the kernels' own words (they import nothing of fastflow)."""
-    from fastflow.kernels import plan
+@_matching_loss_op.register_vmap
+def _(info, in_dims, a, b, t, cond, parameters, key, *options):
+    v = info.batch_size
+    (a, b, t, cond), parameters, key = _fold_vmap(v, key, (a, b, t, cond), in_dims[:4], parameters, in_dims[4])
+    rows, *saved = torch.ops.fastflow.matching_loss(a, b, t, cond, parameters, key, *options)
+    # Saved tensors stay with the folded call, whose backward reads them; nobody looks at them from outside.
+    return (rows.unflatten(0, (v, -1)), *saved), (0, None, None, None, None)
 
+
+def _kernel_options(spec: FieldSpec, precision: str) -> plan.Network:
+    """What a kernel launcher needs to know of the spec, in the kernels' own words (they import nothing of fastflow)."""
     embedding = spec.state_embedding
     state = {"Identity": "identity", "Scaled": "scaled", "HLGauss": "hl_gauss"}[type(embedding).__name__]
     time = {"RawTime": "raw", "Cosine": "cosine", "CosineFourier": "cosine_fourier"}[type(spec.time_embedding).__name__]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 
@@ -15,13 +14,20 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.lru_cache(maxsize=None)
-def target(device: torch.device) -> tuple[int, int]:
-    """(arch as major * 10 + minor, multiprocessors) of a device; an H100's for CPU tensors under the interpreter."""
-    if device.type != "cuda":
-        return 90, 132
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
+def target(device: torch.device | int) -> tuple[int, int]:
+    """(arch as major * 10 + minor, multiprocessors) of a CUDA device; an H100's for CPU tensors under the interpreter."""
+    if isinstance(device, torch.device):
+        if device.type != "cuda":
+            return 90, 132
+        device = torch.cuda.current_device() if device.index is None else device.index
+    if device not in _targets:
+        properties = torch.cuda.get_device_properties(device)
+        _targets[device] = properties.major * 10 + properties.minor, properties.multi_processor_count
+    return _targets[device]
+
+
+# Asked of the driver once per device: not while a call is traced or captured.
+_targets: dict[int, tuple[int, int]] = {}
 
 
 @contextlib.contextmanager

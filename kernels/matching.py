@@ -313,7 +313,8 @@ def matching(
     error, features, pre, stats = saved
     arch, sms = target(a.device)
     tiles = plan.choose("matching_fwd", arch, sms, net.precision, hp, e * m)
-    matching_fwd_kernel[(triton.cdiv(m, tiles.rows), e)](
+    # The backward pass's products run over all MP rows, so training writes the padding too.
+    matching_fwd_kernel[(triton.cdiv(mp if save else m, tiles.rows), e)](
         a,
         b,
         t,
@@ -365,13 +366,11 @@ def matching_bwd(
     packed = pack([parameters], net, time=True)
     workspace = torch.empty(e, mp, hp, device=grad.device, dtype=pre.dtype)
     dv = torch.empty(e, mp, net.state_padded, device=grad.device, dtype=torch.float32)
-    # Rows from the last tile's end to MP belong to no program: the products below must find zeros there.
-    xhat, dpre = torch.zeros_like(pre), torch.zeros_like(pre)
+    xhat, dpre = torch.empty_like(pre), torch.empty_like(pre)
     arch, sms = target(grad.device)
     tiles = plan.choose("matching_bwd", arch, sms, net.precision, hp, e * m)
-    dv.zero_()
     constexprs = constants(net, time=True)
-    matching_bwd_kernel[(triton.cdiv(m, tiles.rows), e)](
+    matching_bwd_kernel[(triton.cdiv(mp, tiles.rows), e)](
         grad.contiguous(),
         error,
         pre,
@@ -392,7 +391,7 @@ def matching_bwd(
         num_warps=tiles.num_warps,
     )
     with exact_products(net.precision):
-        grads = _weight_gradients(cond, parameters, features[:, :m], xhat[:, :, :m], dpre[:, :, :m], dv[:, :m], s, net)
+        grads = _weight_gradients(cond, parameters, features, xhat, dpre, dv, s, net)
     d_cond, *d_parameters = grads
     if given[0].dim() == 2:
         d_parameters = [g.squeeze(0) for g in d_parameters]
@@ -409,17 +408,21 @@ def _weight_gradients(
     samples: int,
     net: plan.Network,
 ) -> list[Tensor]:
-    """The products that reduce over rows: [cond, weights and biases of every layer, scales and shifts], float32."""
+    """The products that reduce over rows: [cond, weights and biases of every layer, scales and shifts], float32.
+
+    They run over the padding as well: dpre and dv are zero there.
+    """
     layers, h, c = net.layers, net.width, net.cond_dim
-    e = dpre.shape[1]
+    e, m = dpre.shape[1], cond.shape[1] * samples
     db = dpre.sum(2, dtype=torch.float32)  # [L, E, HP]
     out: list[Tensor] = []
     norms: list[Tensor] = []
 
     # First layer: its input is [cond, features].
     first = dpre[0, :, :, :h]
-    per_cond = first.unflatten(1, (-1, samples)).sum(2, dtype=torch.float32) if samples > 1 else first
-    per_cond = per_cond.to(dpre.dtype)
+    per_cond = first[:, :m]
+    if samples > 1:
+        per_cond = per_cond.unflatten(1, (-1, samples)).sum(2, dtype=torch.float32).to(dpre.dtype)
     w_cond = parameters[0][:, :c].to(dpre.dtype)
     dw_feat = _product(features[:, :, : net.state_features + net.time_features].mT, first)
     if c:

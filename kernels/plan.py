@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from . import launch
+
 MAX_WIDTH = 1024
 MAX_LAYERS = 8
 MAX_STATE_DIM = 128
+MAX_FEATURES = 256
 # Rows of every workspace are padded to this, a multiple of every row tile below.
 ROW_PAD = 128
 # Columns of cond that one product takes at a time in the first layer.
@@ -111,7 +114,7 @@ TABLE: dict[int, dict[tuple[int, int], tuple[Tiles, ...]]] = {
     80: _LARGE,
     86: _SMALL,
     90: _LARGE,
-    100: _LARGE,
+    100: _LARGE | {(2, 256): _LARGE[2, 256][1:], (2, 512): _LARGE[2, 512][1:]},  # 64 rows spill there
     120: _SMALL,
 }
 
@@ -150,17 +153,43 @@ def family(arch: int) -> int:
 
 
 def why_unsupported(
-    hidden: tuple[int, ...], state_dim: int, cond_dim: int, state_features: int, time_features: int
+    hidden: tuple[int, ...],
+    state_dim: int,
+    state_features: int,
+    time_features: int,
+    precision: str,
+    device_index: int | None,
 ) -> str | None:
-    """What keeps the kernels from covering a network, or None."""
-    if len(set(hidden)) > 1:
-        return f"hidden layers of unequal width {hidden}"
+    """What keeps the kernels from covering a network on a CUDA device (None: under the interpreter), or None."""
+    for width in hidden:
+        if width != hidden[0]:
+            return f"hidden layers of unequal width {hidden}"
     if hidden[0] > MAX_WIDTH:
         return f"a hidden width of {hidden[0]} (at most {MAX_WIDTH})"
     if len(hidden) > MAX_LAYERS:
         return f"{len(hidden)} hidden layers (at most {MAX_LAYERS})"
     if state_dim > MAX_STATE_DIM:
         return f"a state of {state_dim} dimensions (at most {MAX_STATE_DIM})"
-    if state_features + time_features > 256:
-        return f"{state_features + time_features} state and time features (at most 256)"
+    if state_features + time_features > MAX_FEATURES:
+        return f"{state_features + time_features} state and time features (at most {MAX_FEATURES})"
+    if device_index is not None:
+        arch, _ = launch.target(device_index)
+        if arch < 80:
+            return f"compute capability {arch / 10} (8.0 and up have one)"
+        if not candidates("integrate_fwd", arch, precision, max(16, power_of_2(hidden[0]))):
+            return f"a hidden width of {hidden[0]} with {precision} products in the shared memory of sm_{arch}"
     return None
+
+
+def describe(arch: int | None) -> str:
+    """The plan for an arch (compute capability as major * 10 + minor) as text, one line per precision and width."""
+    if arch is None:
+        return "no CUDA device: CPU tensors run on the PyTorch reference"
+    if arch < 80:
+        return f"sm_{arch}: no kernels (compute capability 8.0 and up have them)"
+    chosen = family(arch)
+    lines = [f"sm_{arch} (entries of sm_{chosen}, {SHARED_MEMORY[chosen]:,} bytes of shared memory per program)"]
+    for (size, width), entries in TABLE[chosen].items():
+        tiles = ", ".join(f"{t.rows}x{t.columns} warps {t.num_warps} stages {t.num_stages}" for t in entries)
+        lines.append(f"  {'bf16' if size == 2 else 'tf32, fp32'} products, width to {width}: {tiles}")
+    return "\n".join(lines)

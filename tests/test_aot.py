@@ -1,0 +1,97 @@
+"""Every kernel compiles for every arch, fits its shared memory and does not spill where the plan says so: no GPU needed.
+
+Compiled by the oldest and the newest supported triton, which `make test` puts beside the environment, else by the one installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from conftest import HAS_GPU
+
+from fastflow.kernels import aot, plan
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.slow,
+    pytest.mark.skipif(HAS_GPU, reason="on a machine with a GPU the kernels themselves run"),
+]
+
+ROOT = pathlib.Path(__file__).parents[1]
+TRITONS = sorted(str(p.parent) for p in (ROOT / ".triton").glob("*/.complete")) or [None]
+IDS = [pathlib.Path(t).name if t else "installed" for t in TRITONS]
+# float32 products ("fp32") have no tensor cores and run from registers: exactness is their purpose, spilling allowed.
+SPILLS = {"fp32": 512}
+
+
+@functools.cache
+def compiled(triton: str | None, kernel: str, arch: int, cases: tuple[str, ...]) -> list[dict]:
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    if triton:
+        env["PYTHONPATH"] = triton
+    command = [sys.executable, "-m", "fastflow.kernels.aot", "--json", "--jobs", "1"]
+    command += ["--kernel", kernel, "--arch", str(arch), "--case", *cases]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert rows, run.stderr[-2000:]
+    return rows
+
+
+def check(rows: list[dict], triton: str | None, count: int) -> None:
+    assert len(rows) == count
+    for row in rows:
+        assert "error" not in row, row["error"]
+        if triton:
+            assert row["triton"] == pathlib.Path(triton).name
+        precision = aot.CASES[row["case"]].precision
+        where = f"{row['kernel']} {row['case']} sm_{row['arch']} {row['tiles']}"
+        assert row["shared"] <= plan.SHARED_MEMORY[row["arch"]], f"{where}: shared memory"
+        assert row["stack"] <= SPILLS.get(precision, 0), f"{where}: {row['stack']} bytes of spills"
+        if precision != "fp32":
+            assert any(op in row["opcodes"] for op in ("HMMA", "HGMMA", "UTCHMMA")), f"{where}: no tensor cores"
+
+
+@pytest.mark.parametrize("triton", TRITONS, ids=IDS)
+@pytest.mark.parametrize("arch", aot.ARCHES, ids=lambda a: f"sm_{a}")
+@pytest.mark.parametrize("kernel", aot.KERNELS)
+def test_published_network_on_every_arch(kernel, arch, triton):
+    check(compiled(triton, kernel, arch, ("floq",)), triton, len(aot.entries(kernel, "floq", arch)))
+
+
+@pytest.mark.parametrize("triton", TRITONS, ids=IDS)
+@pytest.mark.parametrize("kernel", aot.KERNELS)
+@pytest.mark.parametrize("arch", [86, 90], ids=lambda a: f"sm_{a}")
+def test_other_widths_and_precisions(kernel, arch, triton):
+    cases = tuple(c for c in aot.CASES if c != "floq")
+    check(compiled(triton, kernel, arch, cases), triton, sum(len(aot.entries(kernel, c, arch)) for c in cases))
+
+
+@pytest.mark.parametrize("triton", TRITONS, ids=IDS)
+def test_hopper_multiplies_full_tiles_by_warpgroup(triton):
+    rows = compiled(triton, "integrate_fwd", 90, ("floq",))
+    assert "HGMMA" in next(row for row in rows if row["tiles"]["rows"] == 64)["opcodes"]
+
+
+def test_the_plan_covers_every_arch_and_precision():
+    for arch in (80, 86, 87, 89, 90, 100, 103, 120, 121):
+        for precision in ("bf16", "tf32", "fp32"):
+            for width in (16, 64, 128, 512):
+                for kernel in aot.KERNELS:
+                    entries = plan.candidates(kernel, arch, precision, width)
+                    assert entries
+                    assert all(plan.ROW_PAD % t.rows == 0 and width % t.columns == 0 for t in entries)
+        assert f"sm_{arch}" in plan.describe(arch)
+
+
+def test_few_rows_get_small_tiles_and_many_rows_large_ones():
+    few = plan.choose("integrate_fwd", 90, 132, "bf16", 512, 64)
+    many = plan.choose("integrate_fwd", 90, 132, "bf16", 512, 132 * 64)
+    assert few.rows == 16
+    assert many.rows == 64

@@ -1,0 +1,714 @@
+"""floq against a statement of its update that shares no code with it: NumPy in float64, from forward passes to Adam.
+
+Gradients are checked by central differences of that statement, in which everything behind a stop-gradient reads a
+second copy of the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastflow as ff
+from fastflow import agents
+from fastflow.agents.floq import PRESETS, FloqAgent, FloqConfig, FloqNoise, preset_for, reward_range
+
+O, A, B = 3, 2, 5
+SMALL = {"block_width": 8, "block_depth": 2, "value_hidden_dims": (7, 6), "actor_hidden_dims": (6, 5), "batch_size": B}
+
+
+# The statement ------------------------------------------------------------------------------------------------------
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def dense_stack(p, prefix, x, norm):
+    """Dense -> GELU (tanh form) -> LayerNorm, then Dense, x [..., in], or [E, ..., in] with weights [E, in, out]."""
+    depth = sum(name.startswith(f"{prefix}.layers.") and name.endswith("weight") for name in p)
+    for i in range(depth):
+        w, b = p[f"{prefix}.layers.{i}.weight"], p[f"{prefix}.layers.{i}.bias"]
+        if w.ndim == 3:
+            x = np.einsum("e...i,eio->e...o", x, w) + b.reshape(b.shape[0], *(1,) * (x.ndim - 2), -1)
+        else:
+            x = x @ w + b
+        if i + 1 < depth:
+            x = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+            if norm:
+                scale, shift = p[f"{prefix}.norms.{i}.weight"], p[f"{prefix}.norms.{i}.bias"]
+                if scale.ndim == 2:
+                    scale, shift = (v.reshape(v.shape[0], *(1,) * (x.ndim - 2), -1) for v in (scale, shift))
+                x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + shift
+    return x
+
+
+def floq_losses(p, frozen, c, r_min, r_max, batch, n):
+    """Critic loss, actor loss, terms. `p` is differentiated, `frozen` is the same weights behind stop-gradients."""
+    horizon = 1 / (1 - c.discount)
+    low, high = (r_min - c.reward_offset) * horizon, (r_max + c.reward_offset) * horizon
+    noise_low, noise_high = c.noise_coverage * r_min * horizon, c.noise_coverage * r_max * horizon
+    members, samples, rows = c.flow_num_ensembles, c.noise_samples, len(batch["rewards"])
+
+    def velocity(p, net, cond, z, t):  # cond [B, S, C], z [E, B, S], t [B, S]
+        if c.use_prob_embed:
+            width = (high - low) / (c.num_bins - 1)
+            edges = low + width * np.arange(c.num_bins)
+            cdf = _erf((edges - z[..., None]) / (math.sqrt(2) * c.sigma * width))
+            features = (cdf[..., 1:] - cdf[..., :-1]) / (cdf[..., -1:] - cdf[..., :1])
+        else:
+            features = ((z - low) / (high - low))[..., None]
+        time = {
+            "cosine": lambda: np.cos(t)[..., None],
+            "fourier": lambda: np.cos(np.pi * t[..., None] * np.arange(1, c.time_embed_dim + 1)),
+            "raw": lambda: t[..., None],
+        }[c.time_embedding]()
+        shape = (members, rows, samples)
+        x = [np.broadcast_to(f, (*shape, f.shape[-1])) for f in (cond, features, time)]
+        return dense_stack(p, f"{net}.field", np.concatenate(x, -1), c.layer_norm)[..., 0]
+
+    def walk(net, cond, u):
+        z = np.broadcast_to((1 - u) * noise_low + u * noise_high, (members, rows, samples))
+        for k in range(c.critic_flow_steps):
+            time = np.full((rows, samples), k / c.critic_flow_steps)
+            z = z + velocity(frozen, net, cond, z, time) / c.critic_flow_steps
+        return z
+
+    def per_sample(x):
+        return np.repeat(x[:, None], samples, axis=1)
+
+    def actor(p, obs, noise):
+        return dense_stack(p, "actor_onestep_flow.network", np.concatenate([obs, noise], -1), c.actor_layer_norm)
+
+    def critic(p, obs, act):
+        x = np.concatenate([obs, act], -1)
+        x = np.broadcast_to(x, (c.num_ensembles, *x.shape))
+        return dense_stack(p, "critic.network", x, c.layer_norm)[..., 0]
+
+    obs, act, next_obs = batch["observations"], batch["actions"], batch["next_observations"]
+    next_act = np.clip(actor(frozen, per_sample(next_obs), n["next_action"]), -1, 1)
+    next_q = walk("target_floq", np.concatenate([per_sample(next_obs), next_act], -1), n["target_start"])
+    next_q = next_q.min(0) if c.q_agg == "min" else next_q.mean(0)
+    y = np.mean(batch["rewards"][:, None] + c.discount * batch["masks"][:, None] * next_q, axis=1)
+    cond = np.concatenate([per_sample(obs), per_sample(act)], -1)
+    q = walk("floq", cond, n["start"])
+    t = np.zeros_like(n["time"]) if c.train_at_zero_only else n["time"]
+    x_0 = (1 - n["start"]) * noise_low + n["start"] * noise_high
+    z_t = np.broadcast_to((1 - t) * x_0 + t * y[:, None], (members, rows, samples))
+    error = velocity(p, "floq", cond, z_t, t) - (y[:, None] - x_0)
+    floq_loss = np.sum(error**2) / (members * rows)
+    critic_distill = np.mean((critic(p, obs, act) - q.mean(2).mean(0)) ** 2)
+
+    def bc_velocity(p, x, t):
+        return dense_stack(p, "actor_bc_flow.field", np.concatenate([obs, x, t], -1), c.actor_layer_norm)
+
+    t = n["bc_time"][:, None]
+    bc_loss = np.mean((bc_velocity(p, (1 - t) * n["bc_noise"] + t * act, t) - (act - n["bc_noise"])) ** 2)
+    x = n["action"]
+    for k in range(c.flow_steps):
+        x = x + bc_velocity(frozen, x, np.full((rows, 1), k / c.flow_steps)) / c.flow_steps
+    a = actor(p, obs, n["action"])
+    distill = np.mean((a - np.clip(x, -1, 1)) ** 2)
+    q_pi = critic(frozen, obs, np.clip(a, -1, 1)).mean(0)
+    q_loss = -q_pi.mean()
+    if c.normalize_q_loss:
+        frozen_a = np.clip(actor(frozen, obs, n["action"]), -1, 1)
+        q_loss = q_loss / np.abs(critic(frozen, obs, frozen_a).mean(0)).mean()
+    terms = {
+        "critic/floq_loss": floq_loss,
+        "critic/distill_loss": critic_distill,
+        "critic/q_mean": q.mean(),
+        "critic/q_min": q.mean((0, 2)).min(),
+        "critic/q_max": q.mean((0, 2)).max(),
+        "critic/target_mean": y.mean(),
+        "critic/var_flow_returns": q.var(2).mean(),
+        "actor/bc_flow_loss": bc_loss,
+        "actor/distill_loss": distill,
+        "actor/q_loss": q_loss,
+        "actor/q": q_pi.mean(),
+    }
+    return floq_loss + critic_distill, bc_loss + c.alpha * distill + q_loss, terms
+
+
+# Fixtures -----------------------------------------------------------------------------------------------------------
+
+
+def random_batch(dtype=torch.float32, rows=B, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=g, dtype=dtype)
+
+    return {
+        "observations": 2 * uniform(rows, O) - 1,
+        "actions": 2 * uniform(rows, A) - 1,
+        "next_observations": 2 * uniform(rows, O) - 1,
+        "rewards": -2 * uniform(rows),
+        "masks": (uniform(rows) > 0.3).to(dtype),
+        "terminals": torch.zeros(rows, dtype=dtype),
+    }
+
+
+def make_agent(dtype=torch.float32, seed=3, statistics=None, reward_limits=(-2.0, 0.0), **settings):
+    return FloqAgent(
+        FloqConfig(**{**SMALL, **settings}),
+        O,
+        A,
+        reward_limits,
+        seed=seed,
+        observation_statistics=statistics,
+        dtype=dtype,
+    )
+
+
+def disturb(agent, seed=1):
+    """Weights in general position: fresh biases and LayerNorm scales are zeros and ones, and the target is a copy."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in agent.networks.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
+
+
+def arrays(agent):
+    return {name: parameter.detach().numpy().copy() for name, parameter in agent.networks.named_parameters()}
+
+
+def as_numpy(tensors):
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def equal_states(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# The update ---------------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "published": {"noise_samples": 3},
+    "min": {"noise_samples": 3, "q_agg": "min", "discount": 0.9},
+    "one_layer_scalar": {"block_depth": 1, "use_prob_embed": False, "noise_samples": 1},
+    "fourier": {"time_embedding": "fourier", "time_embed_dim": 4, "noise_samples": 2, "sigma": 3.0, "num_bins": 21},
+    "raw_time_no_norm": {"time_embedding": "raw", "layer_norm": False, "noise_samples": 2},
+    "at_zero": {"train_at_zero_only": True, "critic_flow_steps": 1, "noise_samples": 2},
+    "normalized_actor_norm": {
+        "normalize_q_loss": True,
+        "actor_layer_norm": True,
+        "noise_samples": 2,
+        "noise_coverage": 0.25,
+    },
+    "ensembles": {
+        "flow_num_ensembles": 3,
+        "num_ensembles": 1,
+        "noise_samples": 2,
+        "critic_flow_steps": 3,
+        "flow_steps": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_losses_and_gradients(name, backend):
+    agent = make_agent(torch.float64, backend=backend, **VARIANTS[name])
+    disturb(agent)
+    batch = random_batch(torch.float64)
+    noise = agent.sample_noise(batch)
+    critic_loss, actor_loss, metrics = agent.losses(batch, noise)
+    (critic_loss + actor_loss).backward()
+
+    p = arrays(agent)
+    frozen = {name: value.copy() for name, value in p.items()}
+    given = as_numpy(dataclasses.asdict(noise))
+
+    def statement():
+        return floq_losses(p, frozen, agent.config, -2.0, 0.0, as_numpy(batch), given)
+
+    expected_critic, expected_actor, terms = statement()
+    np.testing.assert_allclose(critic_loss.item(), expected_critic, rtol=1e-10)
+    np.testing.assert_allclose(actor_loss.item(), expected_actor, rtol=1e-10)
+    terms |= {"critic/critic_loss": expected_critic, "actor/actor_loss": expected_actor}
+    assert metrics.keys() == terms.keys()
+    for term, value in terms.items():
+        assert metrics[term].shape == () and not metrics[term].requires_grad
+        np.testing.assert_allclose(metrics[term].item(), value, rtol=1e-10, atol=1e-12, err_msg=term)
+
+    rng = np.random.default_rng(0)
+    for parameter_name, parameter in agent.networks.named_parameters():
+        if parameter_name.startswith("target_"):
+            assert parameter.grad is None
+            continue
+        index = tuple(rng.integers(n) for n in parameter.shape)
+        step, at = 1e-5, p[parameter_name][index]
+        values = []
+        for shift in (step, -step):
+            p[parameter_name][index] = at + shift
+            values.append(sum(statement()[:2]))
+        p[parameter_name][index] = at
+        difference = (values[0] - values[1]) / (2 * step)
+        scale = float(parameter.grad.abs().max())
+        np.testing.assert_allclose(
+            parameter.grad[index].item(), difference, rtol=1e-5, atol=1e-6 * (1 + scale), err_msg=parameter_name
+        )
+
+
+def test_each_network_gets_its_gradient_from_one_loss():
+    agent = make_agent(noise_samples=2)
+    batch = random_batch()
+    critic_loss, actor_loss, _ = agent.losses(batch, agent.sample_noise(batch))
+    reached = {}
+    for loss in (critic_loss, actor_loss):
+        for parameter in agent.networks.parameters():
+            parameter.grad = None
+        loss.backward()
+        for name, network in agent.networks.named_children():
+            grads = [p.grad is not None for p in network.parameters()]
+            assert all(grads) or not any(grads)
+            reached.setdefault(name, []).append(all(grads))
+    assert reached == {
+        "floq": [True, False],
+        "target_floq": [False, False],
+        "critic": [True, False],
+        "actor_bc_flow": [False, True],
+        "actor_onestep_flow": [False, True],
+    }
+
+
+def test_update_is_adam_and_the_target_lags_one_step():
+    agent = make_agent(torch.float64, tau=0.1, lr=1e-2, noise_samples=2)
+    batch = random_batch(torch.float64)
+    theta = [arrays(agent)]
+    assert all(np.array_equal(theta[0][n], theta[0][f"target_{n}"]) for n in theta[0] if n.startswith("floq."))
+    mean = dict.fromkeys(theta[0], 0.0)
+    square = dict(mean)
+    for step in (1, 2, 3):
+        state = agent.generator.get_state()
+        critic_loss, actor_loss, _ = agent.losses(batch, agent.sample_noise(batch))
+        agent.generator.set_state(state)
+        trained = [n for n in theta[0] if not n.startswith("target_")]
+        parameters = dict(agent.networks.named_parameters())
+        grads = torch.autograd.grad(critic_loss + actor_loss, [parameters[n] for n in trained])
+        agent.update(batch)
+        theta.append(arrays(agent))
+        assert agent.step == step
+        for name, grad in zip(trained, grads, strict=True):
+            g = grad.numpy()
+            mean[name] = 0.9 * mean[name] + 0.1 * g
+            square[name] = 0.999 * square[name] + 0.001 * g**2
+            m, v = mean[name] / (1 - 0.9**step), square[name] / (1 - 0.999**step)
+            np.testing.assert_allclose(
+                theta[-1][name], theta[-2][name] - 1e-2 * m / (np.sqrt(v) + 1e-8), rtol=1e-9, atol=1e-12, err_msg=name
+            )
+        for name in (n for n in trained if n.startswith("floq.")):
+            target, previous = theta[-1][f"target_{name}"], theta[-2][f"target_{name}"]
+            np.testing.assert_allclose(target, 0.1 * theta[-2][name] + 0.9 * previous, rtol=1e-12, atol=1e-15)
+            if step == 1:
+                assert np.array_equal(target, theta[0][name])
+            if step == 2:
+                np.testing.assert_allclose(target, 0.1 * theta[1][name] + 0.9 * theta[0][name], rtol=1e-12, atol=1e-15)
+
+
+def test_noise():
+    agent = make_agent(noise_samples=4)
+    noise = agent.sample_noise(random_batch(rows=2000))
+    shapes = {f.name: list(getattr(noise, f.name).shape) for f in dataclasses.fields(FloqNoise)}
+    assert shapes == {
+        "next_action": [2000, 4, A],
+        "target_start": [2000, 4],
+        "start": [2000, 4],
+        "time": [2000, 4],
+        "bc_noise": [2000, A],
+        "bc_time": [2000],
+        "action": [2000, A],
+    }
+    for name in ("next_action", "bc_noise", "action"):
+        x = getattr(noise, name)
+        assert abs(x.mean()) < 0.08 and abs(x.std() - 1) < 0.05
+    for name in ("target_start", "start", "time", "bc_time"):
+        x = getattr(noise, name)
+        assert x.min() >= 0 and x.max() < 1 and abs(x.mean() - 0.5) < 0.03
+    assert not torch.equal(noise.target_start, noise.start)
+
+
+def test_observation_statistics():
+    mean, std = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([2.0, 0.5, 3.0])
+    plain, scaled = make_agent(), make_agent(statistics=(mean, std))
+    batch = random_batch()
+    moved = dict(batch)
+    for key in ("observations", "next_observations"):
+        moved[key] = batch[key] * std + mean
+    noise = plain.sample_noise(batch)
+    for a, b in zip(plain.losses(batch, noise)[:2], scaled.losses(moved, noise)[:2], strict=True):
+        torch.testing.assert_close(a, b)
+
+    def generator():
+        return torch.Generator().manual_seed(0)
+
+    torch.testing.assert_close(
+        plain.act(batch["observations"], generator()), scaled.act(moved["observations"], generator())
+    )
+    u = torch.rand(B, 2)
+    paths = [agent.flow_paths(x["observations"], x["actions"], u) for agent, x in ((plain, batch), (scaled, moved))]
+    torch.testing.assert_close(*paths)
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what makes the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if any(word in name for word in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal.default")):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def test_update_never_waits_for_the_device():
+    with pytest.raises(AssertionError, match="waits"), NoSync():
+        float(torch.ones(()) + 1)
+    for settings in ({}, {"q_agg": "min", "normalize_q_loss": True, "lr_decay_steps": 10}):
+        agent = make_agent(backend="reference", **settings)
+        batch = random_batch()
+        with NoSync():
+            agent.update(batch)
+            agent.update(batch)
+
+
+# Using the agent ----------------------------------------------------------------------------------------------------
+
+
+def test_act():
+    agent = make_agent()
+    disturb(agent)
+    obs = 10 * torch.randn(200, O)
+    actions = agent.act(obs, torch.Generator().manual_seed(1))
+    assert actions.shape == (200, A) and not actions.requires_grad
+    assert actions.abs().max() == 1.0  # such observations saturate some
+    assert torch.equal(actions, agent.act(obs, torch.Generator().manual_seed(1)))
+    assert not torch.equal(actions, agent.act(obs))
+    assert agent.act(obs[:0]).shape == (0, A)
+
+
+def test_flow_paths():
+    agent = make_agent(critic_flow_steps=5)
+    disturb(agent)
+    batch, u = random_batch(), torch.rand(B, 4)
+    paths = agent.flow_paths(batch["observations"], batch["actions"], u)
+    assert paths.shape == (2, B, 4, 6) and not paths.requires_grad
+    floq = agent.networks.floq
+    torch.testing.assert_close(paths[..., 0], floq.start(u).expand(2, B, 4))
+    cond = torch.cat((batch["observations"], batch["actions"]), -1)
+    start = floq.start(u).unsqueeze(-1).expand(2, B, 4, 1)
+    torch.testing.assert_close(paths[..., -1:], ff.integrate(floq.field, start, cond, num_steps=5))
+
+
+def test_validate_changes_nothing():
+    agent = make_agent()
+    batch = random_batch()
+    agent.update(batch)
+    before = agent.state_dict()
+    first, second = agent.validate(batch), agent.validate(batch)
+    assert equal_states(before, agent.state_dict())
+    assert first.keys() == agent.update(batch).keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_seed_fixes_weights_and_noise():
+    state = torch.random.get_rng_state()
+    a, b, other = make_agent(), make_agent(), make_agent(seed=4)
+    double = make_agent(torch.float64)
+    assert torch.equal(state, torch.random.get_rng_state())
+    batch = random_batch()
+    assert equal_states(a.state_dict(), b.state_dict())
+    assert not torch.equal(a.sample_noise(batch).start, other.sample_noise(batch).start)
+    for (name, x), y in zip(a.networks.named_parameters(), double.networks.parameters(), strict=True):
+        assert torch.equal(x.double(), y), name
+    weight = dict(other.networks.named_parameters())["floq.field.layers.1.weight"]
+    assert not torch.equal(weight, dict(a.networks.named_parameters())["floq.field.layers.1.weight"])
+    assert weight.abs().max() <= math.sqrt(6 / 16) and weight.std() > 0.5 * math.sqrt(6 / 16) / math.sqrt(3)
+
+
+# State --------------------------------------------------------------------------------------------------------------
+
+STATISTICS = (torch.tensor([1.0, -2.0, 0.5]), torch.tensor([2.0, 0.5, 3.0]))
+
+
+def test_state_round_trip_continues_bit_for_bit():
+    settings = {"noise_samples": 2, "lr_decay_steps": 6}
+    agent = make_agent(statistics=STATISTICS, **settings)
+    for i in range(4):
+        agent.update(random_batch(seed=i))
+    state = agent.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    kept = {name: value.clone() for name, value in state.items()}
+
+    other = make_agent(seed=99, statistics=(torch.zeros(O), torch.ones(O)), **settings)
+    other.load_state_dict(state)
+    assert other.step == 4 and equal_states(state, other.state_dict())
+    for i in range(4, 7):
+        ours, theirs = agent.update(random_batch(seed=i)), other.update(random_batch(seed=i))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert equal_states(agent.state_dict(), other.state_dict())
+    assert equal_states(state, kept)  # a state is a copy
+    obs = random_batch()["observations"]
+    assert torch.equal(agent.act(obs), other.act(obs))
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (lambda s: s.pop("floq.field.layers.0.weight"), r"missing floq\.field\.layers\.0\.weight"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unexpected extra"),
+        (lambda s: s.update({"critic.network.layers.0.bias": torch.zeros(2, 8)}), r"must be \[2, 7\]"),
+        (lambda s: s.update({"critic.network.layers.0.bias": torch.zeros(2, 7).double()}), "float64"),
+        (lambda s: s.update(reward_range=torch.tensor([-3.0, 0.0]).double()), "reward_range must be"),
+        (lambda s: s.update(step=torch.tensor(-1)), "step must be"),
+        (lambda s: s.update(generator=s["generator"] * 0 + 255), "generator does not fit"),
+    ],
+)
+def test_load_refuses_and_leaves_the_agent_alone(change, error):
+    agent = make_agent()
+    before = agent.state_dict()
+    state = make_agent(seed=8).state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=error):
+        agent.load_state_dict(state)
+    assert equal_states(before, agent.state_dict())
+
+
+def test_load_refuses_other_types():
+    state = make_agent().state_dict() | {"step": 3}
+    with pytest.raises(TypeError, match="step must be a Tensor, got int"):
+        make_agent().load_state_dict(state)
+
+
+# Sizes, ranges, presets ---------------------------------------------------------------------------------------------
+
+
+def test_parameter_counts_of_cube_double():
+    agent = FloqAgent(FloqConfig(), 37, 5, (-2.0, 0.0))
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in agent.networks.named_children()}
+    assert counts == {
+        "floq": 1_681_410,
+        "target_floq": 1_681_410,
+        "critic": 1_629_186,
+        "actor_bc_flow": 813_061,
+        "actor_onestep_flow": 812_549,
+    }
+    shallow = FloqAgent(FloqConfig(**PRESETS["cube-double-play"]), 37, 5, (-2.0, 0.0))
+    assert sum(p.numel() for p in shallow.networks.floq.parameters()) == 626_690
+
+
+def test_ranges():
+    assert reward_range(torch.tensor([-1.0, -2.0])) == (-2.0, 0.0)
+    assert reward_range(torch.tensor([-1.0, 3.0])) == (-1.0, 3.0)
+    assert reward_range(torch.tensor([1.0, 3.0])) == (0.0, 3.0)
+    with pytest.raises(ValueError, match="at least one reward"):
+        reward_range(torch.zeros(0))
+    with pytest.raises(ValueError, match="finite"):
+        reward_range(torch.tensor([-1.0, float("nan")]))
+    floq = FloqAgent(FloqConfig(**SMALL), O, A, (-2.0, -1.0)).networks.floq
+    assert floq.value_range == pytest.approx((-201.0, 1.0)) and floq.noise_range == pytest.approx((-20.0, 0.0))
+    assert floq.field.spec.state_embedding == ff.HLGauss(*floq.value_range, bins=51, sigma=16.0)
+    settings = {**SMALL, "noise_coverage": 0.25, "discount": 0.995, "use_prob_embed": False}
+    floq = FloqAgent(FloqConfig(**settings), O, A, (-1.0, 0.0)).networks.floq
+    assert floq.value_range == pytest.approx((-202.0, 2.0)) and floq.noise_range == pytest.approx((-50.0, 0.0))
+    assert floq.field.spec.state_embedding == ff.Scaled(*floq.value_range)
+
+
+# environment, alpha, discount, batch_size, q_agg, block_depth, change for best, change online
+TABLE = """
+antmaze-large-navigate        10    .99   256  mean  4  -                    -
+antmaze-giant-navigate        10    .995  512  min   4  critic_flow_steps=4  critic_flow_steps=4
+humanoidmaze-medium-navigate  30    .995  256  mean  4  -                    -
+humanoidmaze-large-navigate   20    .995  512  mean  4  -                    critic_flow_steps=16
+antsoccer-arena-navigate      10    .995  256  mean  4  -                    alpha=30
+cube-single-play              300   .99   256  mean  2  -                    -
+cube-double-play              300   .99   256  mean  2  -                    -
+scene-play                    300   .99   256  mean  4  -                    -
+puzzle-3x3-play               1000  .99   256  mean  4  -                    -
+puzzle-4x4-play               1000  .99   256  mean  4  noise_coverage=.25   noise_coverage=.25
+"""
+
+
+def test_published_presets():
+    rows = [line.split() for line in TABLE.strip().splitlines()]
+    names = {row[0] + suffix for row in rows for suffix in ("", "/best", "/online")}
+    assert set(PRESETS) == names | {"pointmaze-arena-demo"}
+    for name, alpha, discount, batch_size, q_agg, depth, *changes in rows:
+        for suffix, change in zip(("", "/best", "/online"), ("-", *changes), strict=True):
+            expected = {
+                "lr": 3e-4,
+                "alpha": float(alpha),
+                "discount": float(discount),
+                "batch_size": int(batch_size),
+                "q_agg": q_agg,
+                "block_depth": int(depth),
+                "flow_num_ensembles": 2,
+                "num_ensembles": 2,
+                "noise_samples": 8,
+                "critic_flow_steps": 8,
+                "flow_steps": 10,
+                "noise_coverage": 0.1,
+                "tau": 0.005,
+                "num_bins": 51,
+                "sigma": 16.0,
+                "reward_offset": 0.01,
+                "block_width": 512,
+                "value_hidden_dims": (512,) * 4,
+                "actor_hidden_dims": (512,) * 4,
+                "layer_norm": True,
+                "actor_layer_norm": False,
+                "normalize_q_loss": False,
+                "train_at_zero_only": False,
+                "use_prob_embed": True,
+                "time_embedding": "cosine",
+                "lr_decay_steps": 0,
+            }
+            if change != "-":
+                key, value = change.split("=")
+                expected[key] = type(expected[key])(float(value))
+            config = FloqConfig(**PRESETS[name + suffix])
+            assert {key: getattr(config, key) for key in expected} == expected, name + suffix
+
+
+@pytest.mark.parametrize(
+    "env, preset",
+    [
+        ("cube-single-play-singletask-v0", "cube-single-play"),
+        ("puzzle-4x4-play-singletask-task3-v0", "puzzle-4x4-play"),
+        ("humanoidmaze-large-navigate-v0", "humanoidmaze-large-navigate"),
+        ("pointmaze-arena-navigate-singletask-task1-v0", "pointmaze-arena-demo"),
+        ("pointmaze-medium-navigate-singletask-v0", None),
+        ("cube-single-noisy-singletask-v0", None),
+    ],
+)
+def test_preset_for(env, preset):
+    assert preset_for(env) == preset
+
+
+def test_agents_by_name():
+    assert agents.config_class("floq") is FloqConfig
+    agent = agents.make(
+        "floq", FloqConfig(**SMALL), obs_dim=O, action_dim=A, reward_range=(-1.0, 0.0), device="cpu", seed=0
+    )
+    assert isinstance(agent, FloqAgent)
+    with pytest.raises(ValueError, match=r"expected one of \['floq'\], got 'flow'"):
+        agents.config_class("flow")
+
+
+def test_learning_rate():
+    config = FloqConfig(**PRESETS["pointmaze-arena-demo"])
+    rates = [config.learning_rate(step) for step in (0, 7500, 11250, 15000, 20000)]
+    assert rates == pytest.approx([1e-3, 1e-3, 5.1e-4, 2e-5, 2e-5])
+    assert FloqConfig().learning_rate(10**7) == 3e-4
+    agent = make_agent(lr=1e-3, lr_decay_steps=4, lr_final=0.0)
+    used = []
+    for _ in range(5):
+        agent.update(random_batch())
+        used.append(agent.optimizer.param_groups[0]["lr"])
+    assert used == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4, 0.0])
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"lr": 0.0}, ValueError, "lr must be a positive number"),
+        ({"lr": "3e-4"}, TypeError, "lr must be a number, got '3e-4'"),
+        ({"alpha": -1.0}, ValueError, "alpha must be at least 0"),
+        ({"alpha": float("nan")}, ValueError, "alpha must be"),
+        ({"discount": 1.0}, ValueError, r"discount must be in \[0, 1\)"),
+        ({"tau": 0.0}, ValueError, r"tau must be in \(0, 1\]"),
+        ({"q_agg": "max"}, ValueError, "q_agg must be one of"),
+        ({"critic_flow_steps": 0}, ValueError, "critic_flow_steps must be at least 1"),
+        ({"flow_steps": 0}, ValueError, "flow_steps must be at least 1"),
+        ({"noise_samples": 0}, ValueError, "noise_samples must be at least 1"),
+        ({"noise_samples": 2.0}, TypeError, r"noise_samples must be an int, got 2\.0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"flow_num_ensembles": 0}, ValueError, "flow_num_ensembles must be"),
+        ({"num_ensembles": 0}, ValueError, "num_ensembles must be"),
+        ({"num_bins": 1}, ValueError, "num_bins must be at least 2"),
+        ({"sigma": 0.0}, ValueError, "sigma must be"),
+        ({"noise_coverage": -0.1}, ValueError, "noise_coverage must be"),
+        ({"reward_offset": 0.0}, ValueError, "reward_offset must be"),
+        ({"time_embedding": "sine"}, ValueError, "time_embedding must be one of"),
+        ({"time_embed_dim": 0}, ValueError, "time_embed_dim must be"),
+        ({"block_width": 0}, ValueError, "block_width must be"),
+        ({"block_depth": True}, TypeError, "block_depth must be an int"),
+        ({"value_hidden_dims": ()}, ValueError, "value_hidden_dims must name"),
+        ({"actor_hidden_dims": 64}, TypeError, "actor_hidden_dims must be a tuple"),
+        ({"actor_hidden_dims": (64, 0)}, ValueError, "actor_hidden_dims must be at least 1"),
+        ({"layer_norm": 1}, TypeError, "layer_norm must be True or False"),
+        ({"lr_decay_steps": -1}, ValueError, "lr_decay_steps must be"),
+        ({"lr_decay_start": 1.0}, ValueError, "lr_decay_start must be"),
+        ({"lr_final": 2.0}, ValueError, "lr_final must be"),
+        ({"backend": "triton"}, ValueError, "backend must be one of"),
+        ({"precision": "fp16"}, ValueError, "precision must be one of"),
+    ],
+)
+def test_config_errors(settings, error, message):
+    with pytest.raises(error, match=message):
+        FloqConfig(**settings)
+
+
+def test_config_is_hashable_and_takes_lists():
+    config = FloqConfig(value_hidden_dims=[4, 4])
+    assert config.value_hidden_dims == (4, 4) and hash(config) == hash(FloqConfig(value_hidden_dims=(4, 4)))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"config": SimpleNamespace()}, TypeError, "config must be a FloqConfig"),
+        ({"reward_range": (0.0, -1.0)}, ValueError, "r_min <= r_max"),
+        ({"reward_range": (float("-inf"), 0.0)}, ValueError, "finite"),
+        ({"observation_statistics": (torch.zeros(2), torch.ones(3))}, ValueError, r"mean must be \[3\], got \[2\]"),
+        ({"observation_statistics": (torch.zeros(3), torch.zeros(3))}, ValueError, "every std positive"),
+    ],
+)
+def test_constructor_errors(arguments, error, message):
+    given = {"config": FloqConfig(**SMALL), "obs_dim": O, "action_dim": A, "reward_range": (-1.0, 0.0)}
+    with pytest.raises(error, match=message):
+        FloqAgent(**{**given, **arguments})
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda b: b.pop("masks"), ValueError, "masks missing"),
+        (lambda b: b.update(actions=b["actions"][:, :1]), ValueError, r"actions must be \[5, 2\], got \[5, 1\]"),
+        (lambda b: b.update(rewards=b["rewards"][:, None]), ValueError, r"rewards must be \[5\], got \[5, 1\]"),
+        (lambda b: b.update(next_observations=b["next_observations"][:3]), ValueError, "next_observations must be"),
+        (lambda b: b.update(masks=b["masks"].bool()), TypeError, r"masks must be torch\.float32, got torch\.bool"),
+        (lambda b: b.update(observations=b["observations"].double()), TypeError, "observations must be"),
+        (lambda b: b.update(observations=b["observations"].numpy()), TypeError, "must be a Tensor, got ndarray"),
+        (lambda b: b.update(actions=b["actions"].to("meta")), ValueError, "actions must be on cpu, got meta"),
+        (lambda b: b.update({k: v[:0] for k, v in b.items()}), ValueError, "at least one row"),
+    ],
+)
+def test_batch_errors(change, error, message):
+    agent, batch = make_agent(), random_batch()
+    before = agent.state_dict()
+    change(batch)
+    for call in (agent.update, agent.validate):
+        with pytest.raises(error, match=message):
+            call(batch)
+    assert equal_states(before, agent.state_dict())
+
+
+def test_observation_errors():
+    agent = make_agent()
+    with pytest.raises(ValueError, match=r"observations must be \[N, 3\], got \[3\]"):
+        agent.act(torch.zeros(O))
+    with pytest.raises(TypeError, match="observations must be"):
+        agent.act(torch.zeros(1, O, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"actions must be \[2, 2\]"):
+        agent.flow_paths(torch.zeros(2, O), torch.zeros(3, A), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"noise must be \[2, N\]"):
+        agent.flow_paths(torch.zeros(2, O), torch.zeros(2, A), torch.zeros(2))

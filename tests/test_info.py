@@ -1,0 +1,60 @@
+"""What `fastflow info` says, and the choice of a device by name."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import fastflow
+from fastflow.errors import UserError
+from fastflow.info import describe, resolve_device, versions
+
+
+def test_versions_of_what_is_installed():
+    found = versions()
+    assert found["fastflow"] == fastflow.__version__
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["numpy"] == np.__version__
+
+
+def test_describe_names_what_a_bug_report_needs():
+    text = describe()
+    for wanted in (fastflow.__version__, torch.__version__.split("+")[0], platform.python_version(), "threads", "gpu"):
+        assert wanted in text, wanted
+    if torch.cuda.is_available():
+        for wanted in (torch.cuda.get_device_name(), "shared memory", "driver", "compute capability"):
+            assert wanted in text, wanted
+
+
+def test_describe_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "kernels      not available here" in describe()
+
+
+def test_describe_has_a_plan():
+    pytest.importorskip("triton")
+    assert "not available" not in describe()
+
+
+def test_device_names():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:x", "cpu:0:1", ""):
+        with pytest.raises(UserError, match="expected auto, cpu, cuda"):
+            resolve_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_cuda_absent():
+    with pytest.raises(UserError, match="device cuda asked for"):
+        resolve_device("cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_that_is_not_there():
+    with pytest.raises(UserError, match="counted from 0"):
+        resolve_device("cuda:99")
