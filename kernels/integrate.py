@@ -10,7 +10,7 @@ from torch import Tensor
 from . import plan
 from .fold import pack, product_dtype
 from .launch import interpreted, target
-from .tile import activate, embed_state, row_scale
+from .tile import activate, embed_state, project_out, row_scale
 
 
 @triton.jit(do_not_specialize=["M", "samples", "num_steps", "cond_stride_e"])
@@ -126,13 +126,7 @@ def integrate_fwd_kernel(
                 s2 += tl.sum(b_y * b_y, 1)
                 tl.store(p_y + ((l + 1) % 2) * y_size + (n + o_n)[None, :], b_y.to(DTYPE))
         tl.debug_barrier()
-        b_a = tl.load(p_y + ((L - 1) % 2) * y_size + o_h[None, :])
-        if DP == 1:
-            b_w = tl.load(w_out_ptr + i_e * HP + o_h)
-            b_v = tl.sum(b_a.to(tl.float32) * b_w[None, :], 1)[:, None]
-        else:
-            b_w = tl.load(w_out_ptr + (i_e * HP + o_h)[:, None] * DP + o_d[None, :])
-            b_v = tl.dot(b_a, b_w.to(DTYPE), input_precision=PRECISION)
+        b_v = project_out(p_y + ((L - 1) % 2) * y_size, w_out_ptr, i_e, o_d, HP, DP, BM, BN, PRECISION)
         if NORM:
             mu, r = row_scale(s1, s2, H, eps)
             b_v = b_v * r[:, None]

@@ -15,10 +15,10 @@ def interpreted() -> bool:
 
 
 def target(device: torch.device | int) -> tuple[int, int]:
-    """(arch as major * 10 + minor, multiprocessors) of a CUDA device; an H100's for CPU tensors under the interpreter."""
+    """(arch as major * 10 + minor, multiprocessors) of a CUDA device; sm_90 for CPU tensors under the interpreter."""
     if isinstance(device, torch.device):
         if device.type != "cuda":
-            return 90, 132
+            return 90, 1  # few, large programs: the interpreter runs one after another
         device = torch.cuda.current_device() if device.index is None else device.index
     if device not in _targets:
         properties = torch.cuda.get_device_properties(device)

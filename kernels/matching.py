@@ -11,7 +11,7 @@ from . import plan
 from .fold import members, pack, product_dtype, unfold
 from .integrate import constants
 from .launch import exact_products, interpreted, target
-from .tile import activate, activate_grad, embed_state, embed_time, row_scale
+from .tile import activate, activate_grad, embed_state, embed_time, project_out, row_scale
 
 
 @triton.jit(do_not_specialize=["M", "samples", "cond_stride_e"])
@@ -90,7 +90,7 @@ def matching_fwd_kernel(
     b_x = tl.load(a_ptr + p_s, mask=m_s, other=0.0).to(tl.float32)
     if INTERPOLATE:
         b_x = (1.0 - b_t) * b_x + b_t * tl.load(b_ptr + p_s, mask=m_s, other=0.0).to(tl.float32)
-    b_f = embed_state(b_x, o_f, low, high, std, EMBED, F) + embed_time(b_t, o_f, TIME, F, T, FAST)
+    b_f = embed_state(b_x, o_f, low, high, std, EMBED, F) + embed_time(b_t, o_f, TIME, F, T)
     b_f = b_f.to(DTYPE)
     if SAVE:
         tl.store(feat_ptr + (i_e * MP + o_b)[:, None] * FP + o_f[None, :], b_f)
@@ -107,8 +107,8 @@ def matching_fwd_kernel(
                 mask=m_b[:, None] & (o_c < C)[None, :],
                 other=0.0,
             ).to(tl.float32)
-            b_w = tl.load(w_cond_ptr + (i_e * CP + o_c)[:, None] * HP + (n + o_n)[None, :])
-            b_acc = tl.dot(b_c.to(DTYPE), b_w, b_acc, input_precision=PRECISION)
+            b_wc = tl.load(w_cond_ptr + (i_e * CP + o_c)[:, None] * HP + (n + o_n)[None, :])
+            b_acc = tl.dot(b_c.to(DTYPE), b_wc, b_acc, input_precision=PRECISION)
         b_acc += tl.load(bias_ptr + i_e * HP + n + o_n)[None, :]
         if SAVE:
             tl.store(pre_ptr + p_rows + (n + o_n)[None, :], b_acc.to(DTYPE))
@@ -139,13 +139,7 @@ def matching_fwd_kernel(
             s2 += tl.sum(b_y * b_y, 1)
             tl.store(p_y + ((l + 1) % 2) * layer_size + (n + o_n)[None, :], b_y.to(DTYPE))
     tl.debug_barrier()
-    b_a = tl.load(p_y + ((L - 1) % 2) * layer_size + o_h[None, :])
-    if DP == 1:
-        b_w = tl.load(w_out_ptr + i_e * HP + o_h)
-        b_v = tl.sum(b_a.to(tl.float32) * b_w[None, :], 1)[:, None]
-    else:
-        b_w = tl.load(w_out_ptr + (i_e * HP + o_h)[:, None] * DP + o_d[None, :])
-        b_v = tl.dot(b_a, b_w.to(DTYPE), input_precision=PRECISION)
+    b_v = project_out(p_y + ((L - 1) % 2) * layer_size, w_out_ptr, i_e, o_d, HP, DP, BM, BN, PRECISION)
     if NORM:
         mu, r = row_scale(s1, s2, H, eps)
         b_v = b_v * r[:, None]
@@ -312,7 +306,7 @@ def matching(
     saved = saved_tensors(a, net) if save else tuple(a.new_empty(0) for _ in range(4))
     error, features, pre, stats = saved
     arch, sms = target(a.device)
-    tiles = plan.choose("matching_fwd", arch, sms, net.precision, hp, e * m)
+    tiles = plan.choose("matching_fwd", arch, sms, net.precision, hp, e * (mp if save else m))
     # The backward pass's products run over all MP rows, so training writes the padding too.
     matching_fwd_kernel[(triton.cdiv(mp if save else m, tiles.rows), e)](
         a,
@@ -368,7 +362,7 @@ def matching_bwd(
     dv = torch.empty(e, mp, net.state_padded, device=grad.device, dtype=torch.float32)
     xhat, dpre = torch.empty_like(pre), torch.empty_like(pre)
     arch, sms = target(grad.device)
-    tiles = plan.choose("matching_bwd", arch, sms, net.precision, hp, e * m)
+    tiles = plan.choose("matching_bwd", arch, sms, net.precision, hp, e * mp)
     constexprs = constants(net, time=True)
     matching_bwd_kernel[(triton.cdiv(mp, tiles.rows), e)](
         grad.contiguous(),

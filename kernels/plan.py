@@ -11,7 +11,7 @@ MAX_LAYERS = 8
 MAX_STATE_DIM = 128
 MAX_FEATURES = 256
 # Rows of every workspace are padded to this, a multiple of every row tile below.
-ROW_PAD = 128
+ROW_PAD = 64
 # Columns of cond that one product takes at a time in the first layer.
 COND_BLOCK = 64
 

@@ -64,28 +64,53 @@ def embed_state(b_x, o_f, low, high, std, EMBED: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def cosine(turns, FAST: tl.constexpr):
-    """cos(2 pi turns); FAST reduces to half a turn and uses the hardware cosine (absolute error 5e-7 there)."""
-    if FAST:
-        r = turns - tl.floor(turns + 0.5)
-        return tl.inline_asm_elementwise(
-            "cos.approx.f32 $0, $1;", "=f,f", [6.283185307179586 * r], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.cos(6.283185307179586 * turns)
+def cosine(turns):
+    """cos(2 pi turns), absolute error below 2e-7 for |turns| <= 1.
+
+    sin(pi/2 - 2 pi |r|) for the remainder r in half a turn, by its series to the 13th power. Triton's own cos keeps a table for huge
+    arguments on the stack, which would show as a spill in every kernel.
+    """
+    r = turns - tl.floor(turns + 0.5)
+    x = 6.283185307179586 * (0.25 - tl.abs(r))
+    z = x * x
+    p = 1.6059043836821613e-10
+    p = p * z - 2.505210838544172e-08
+    p = p * z + 2.7557319223985893e-06
+    p = p * z - 1.984126984126984e-04
+    p = p * z + 8.333333333333333e-03
+    p = p * z - 1.6666666666666666e-01
+    return x + x * z * p
 
 
 @triton.jit
-def embed_time(b_t, o_f, EMBED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, FAST: tl.constexpr):
+def embed_time(b_t, o_f, EMBED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """Time features of b_t [BM, 1] in columns FIRST..FIRST+COUNT-1 of [BM, FP]; zero elsewhere."""
     j = o_f[None, :] - FIRST
     m_f = (j >= 0) & (j < COUNT)
     if EMBED == "raw":
         return tl.where(m_f, b_t, 0.0)
     elif EMBED == "cosine":
-        return tl.where(m_f, cosine(0.15915494309189535 * b_t, FAST), 0.0)
+        return tl.where(m_f, cosine(0.15915494309189535 * b_t), 0.0)
     else:
-        return tl.where(m_f, cosine((j + 1).to(tl.float32) * 0.5 * b_t, FAST), 0.0)
+        return tl.where(m_f, cosine((j + 1).to(tl.float32) * 0.5 * b_t), 0.0)
+
+
+@triton.jit
+def project_out(p_y, w_out_ptr, i_e, o_d, HP: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """The head: activations y [BM, HP] at p_y times w_out [HP, DP] of member i_e, as [BM, DP] float32."""
+    DTYPE: tl.constexpr = p_y.dtype.element_ty
+    if DP == 1:
+        o_h = tl.arange(0, HP)
+        b_w = tl.load(w_out_ptr + i_e * HP + o_h)
+        return tl.sum(tl.load(p_y + o_h[None, :]).to(tl.float32) * b_w[None, :], 1)[:, None]
+    else:
+        o_n = tl.arange(0, BN)
+        b_v = tl.zeros([BM, DP], tl.float32)
+        for n in tl.range(0, HP, BN, num_stages=1):
+            b_y = tl.load(p_y + (n + o_n)[None, :])
+            b_w = tl.load(w_out_ptr + (i_e * HP + n + o_n)[:, None] * DP + o_d[None, :])
+            b_v = tl.dot(b_y, b_w.to(DTYPE), b_v, input_precision=PRECISION)
+        return b_v
 
 
 @triton.jit

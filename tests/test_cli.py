@@ -173,6 +173,10 @@ def test_commands_on_something_else(capsys, tmp_path):
     assert_error(main(["train", "floq", "--resume", str(tmp_path)]), capsys, "not a run folder")
 
 
+def test_evaluating_no_episodes(capsys, tmp_path):
+    assert_error(main(["evaluate", str(tmp_path), "--episodes", "0"]), capsys, "episodes: expected at least 1, got 0")
+
+
 def test_relabel_keeps_an_existing_file(capsys, data, tmp_path):
     before = (data / "moves.npz").read_bytes()
     arguments = ["relabel", ENV, "--dataset-dir", str(data), "--output"]
@@ -189,6 +193,14 @@ def test_without_tyro(python, data):
     assert done.returncode == 2
     assert done.stderr.startswith("error: tyro is not installed")
     assert 'pip install "fastflow[rl]"' in done.stderr
+
+
+def test_without_tensorboard_nothing_is_begun(python, data, tmp_path):
+    arguments = ["train", "floq", "--env", ENV, "--dataset-dir", str(data), "--run-dir", "run"]
+    done = python(HIDE.format(names={"tensorboard"}) + command(*arguments))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: tensorboard is not installed")
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_without_a_simulator(python, data, tmp_path, capsys):

@@ -192,8 +192,12 @@ def test_an_episode_does_not_depend_on_the_one_before():
     first, second = (c.episode(np.random.SeedSequence(0, spawn_key=(0, 2))) for c in (one, other))
     for key, array in first.items():
         np.testing.assert_array_equal(array, second[key])
-    # What it remembers matters in few episodes, so it is looked at as well.
-    one.episode(np.random.SeedSequence(0, spawn_key=(0, 3)))
+    # What it remembers matters in few episodes, so it is looked at as well, after every kind of target was chosen.
+    env = one._env
+    for drawer, window in ((0.0, 0.2), (-0.16, 0.0)):
+        env.data.joint("drawer_slide").qpos[0], env.data.joint("window_slide").qpos[0] = drawer, window
+        for _ in range(20):
+            env.set_new_target()
     infos = [collector._env.reset(seed=0)[1] for collector in (one, other)]
     assert {"privileged/target_drawer_handle_pos", "privileged/target_button"} <= set(infos[0])
     for key, value in infos[0].items():

@@ -1,0 +1,8 @@
+"""Measurements of fastflow beside what its users would otherwise write.
+
+    python -m benchmarks.gpu            kernels checked and measured on a GPU, one JSON file in results/
+    python -m pytest benchmarks         the same cases under pytest-benchmark, on whatever machine this is
+
+`cases` names the shapes and counts their FLOPs and bytes, `rivals` holds the ways to compute them, `measure` the clock,
+`machine` what a result needs to know about where it was made.
+"""

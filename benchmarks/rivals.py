@@ -1,0 +1,396 @@
+"""The ways to compute a case: fastflow's, and what its users would otherwise write. All are checked before being timed.
+
+A rival is a function of a problem and a precision that returns a Variant, or raises Skipped with the reason. To add one,
+write such a function and put it in RIVALS. Precisions are those of `fastflow.integrate`: "bf16" rounds the operands of
+matrix products to bfloat16 and keeps everything else float32, "tf32" and "fp32" say how float32 is multiplied and need
+`global_precision` around plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastflow as ff
+from benchmarks.cases import Problem, worst
+from benchmarks.measure import Entry, Timer
+from fastflow import reference
+
+# A rival that errs more than so many times as much as eager PyTorch in the same precision is not timed, and fastflow is
+# called wrong; below the floor everything counts as equally accurate.
+RIVAL_TIMES, FUSED_TIMES, ERROR_FLOOR = 4.0, 2.0, 2e-6
+
+
+class Skipped(Exception):
+    """A rival that cannot run here; the message says why."""
+
+
+@dataclass
+class Variant:
+    """One way to compute a problem.
+
+    Args:
+        name: the rival's.
+        call: one computation, which may return before it is done; its result is only handed on.
+        results: computes once and returns what `Problem.errors` takes.
+        capturable: whether `call` consists of torch's own CUDA work without waiting, so that a CUDA graph can hold it.
+        finish: waits for the result of the last call; by default for the whole torch device.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    results: Callable[[], dict[str, Tensor]]
+    capturable: bool = False
+    finish: Callable[[Any], None] | None = None
+
+    def entry(self, timer: Timer) -> Entry:
+        """What a caller pays per call, by the wall clock."""
+        return Entry(self.name, self.call, self.finish or timer.finish)
+
+
+Rival = Callable[[Problem, str], Variant]
+
+
+# fastflow and PyTorch -----------------------------------------------------------------------------------------------
+
+
+def _named(problem: Problem, result: Any) -> dict[str, Tensor]:
+    """A call's result under the names that `Problem.errors` expects; copies, because graphs write over theirs."""
+    if problem.case.kind == "integrate":
+        return {"x_1": result.clone()}
+    names = ("loss", *(name for name, _ in problem.field.named_parameters()))
+    return {name: x.clone() for name, x in zip(names, result, strict=True)}
+
+
+def _torch_variant(name: str, problem: Problem, function: Callable[..., Tensor], compiled: bool = False) -> Variant:
+    """A variant that calls `function` as a training loop would: a walk without gradients, a loss with all of them."""
+    inputs, parameters = list(problem.inputs.values()), list(problem.field.parameters())
+    walk = problem.case.kind == "integrate"
+
+    def call() -> Any:
+        if compiled:
+            # Without it the graphs of mode="reduce-overhead" take the next call for a part of this one.
+            torch.compiler.cudagraph_mark_step_begin()
+        if walk:
+            with torch.no_grad():
+                return function(*inputs)
+        loss = function(*inputs)
+        return (loss.detach(), *torch.autograd.grad(loss, parameters))
+
+    return Variant(name, call, lambda: _named(problem, call()), capturable=not compiled)
+
+
+def fused(problem: Problem, precision: str) -> Variant:
+    """fastflow: kernels on CUDA, plain PyTorch inside one operator on the CPU."""
+    case, field = problem.case, problem.field
+    options = {"backend": "fused" if problem.device.type == "cuda" else "auto", "precision": precision}
+
+    def walk(x_0: Tensor, cond: Tensor) -> Tensor:
+        return ff.integrate(field, x_0, cond, num_steps=case.num_steps, **options)
+
+    def loss(x_0: Tensor, cond: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
+        return ff.flow_matching_loss(field, x_0, x_1, t, cond, **options)
+
+    return _torch_variant("fused", problem, walk if case.kind == "integrate" else loss)
+
+
+def _plain(problem: Problem, precision: str) -> Callable[..., Tensor]:
+    """The case in plain PyTorch: a batched product per layer and step, library activations and LayerNorm."""
+    case, field, spec = problem.case, problem.field, problem.case.spec
+    lead = () if spec.ensemble is None else (spec.ensemble,)
+
+    def walk(x_0: Tensor, cond: Tensor) -> Tensor:
+        x = x_0.expand(*lead, *x_0.shape)
+        return reference.euler(spec, field.parameter_list(), x, cond, case.num_steps, precision=precision)
+
+    def loss(x_0: Tensor, cond: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
+        x_t, target = reference.interpolate(x_0, x_1, t)
+        x_t = x_t.expand(*lead, *x_t.shape)
+        if case.samples is not None:
+            cond = cond.unsqueeze(-2)
+        return reference.matching_rows(spec, field.parameter_list(), x_t, t, target, cond, precision).mean()
+
+    return walk if case.kind == "integrate" else loss
+
+
+def eager(problem: Problem, precision: str) -> Variant:
+    """PyTorch as it is."""
+    return _torch_variant("eager", problem, _plain(problem, precision))
+
+
+def _compiled(name: str, mode: str, problem: Problem, precision: str) -> Variant:
+    if mode != "default" and problem.device.type != "cuda":
+        raise Skipped(f'mode="{mode}" is for CUDA')
+    # Every shape and K is a program of its own, with the loop unrolled: the best that torch.compile can do.
+    function = torch.compile(_plain(problem, precision), fullgraph=True, dynamic=False, mode=mode)
+    return _torch_variant(name, problem, function, compiled=True)
+
+
+def compiled(problem: Problem, precision: str) -> Variant:
+    """torch.compile of the same code."""
+    return _compiled("compile", "default", problem, precision)
+
+
+def compiled_reduce_overhead(problem: Problem, precision: str) -> Variant:
+    """torch.compile with CUDA graphs."""
+    return _compiled("compile reduce-overhead", "reduce-overhead", problem, precision)
+
+
+def compiled_max_autotune(problem: Problem, precision: str) -> Variant:
+    """torch.compile with CUDA graphs and matrix products chosen by measurement."""
+    return _compiled("compile max-autotune", "max-autotune", problem, precision)
+
+
+# JAX ----------------------------------------------------------------------------------------------------------------
+
+
+def _jax(device: torch.device) -> Any:
+    """The jax module, on the same kind of device as torch."""
+    if importlib.util.find_spec("jax") is None:
+        raise Skipped("jax is not installed")
+    # JAX otherwise takes three quarters of the GPU's memory at its first call.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        import jax
+
+        platform = jax.default_backend()
+    except Exception as error:  # a jax without its plugin, or plugins of another version
+        raise Skipped(f"jax does not start: {error}") from error
+    if platform != ("gpu" if device.type == "cuda" else "cpu"):
+        raise Skipped(f"jax runs on {platform}, torch on {device.type}")
+    return jax
+
+
+def _jax_variant(name: str, problem: Problem, precision: str, unrolled: bool) -> Variant:
+    jax = _jax(problem.device)
+    jnp, case, spec = jax.numpy, problem.case, problem.case.spec
+    members, layers = spec.ensemble or 1, len(spec.layer_sizes)
+
+    def array(x: Tensor) -> Any:
+        return jnp.asarray(x.detach().cpu().numpy())
+
+    def product(x: Any, w: Any) -> Any:
+        if precision == "bf16":
+            x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+        # JAX's default for float32 is tf32 on GPUs that have it.
+        exact = jax.lax.Precision.HIGHEST if precision == "fp32" else None
+        return jnp.einsum("emi,eio->emo", x, w, precision=exact, preferred_element_type=jnp.float32)
+
+    def activate(x: Any) -> Any:
+        return {"gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}[spec.activation](x)
+
+    def layer_norm(x: Any, scale: Any, shift: Any) -> Any:
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        return (x - mean) * jax.lax.rsqrt(variance + spec.norm_eps) * scale[:, None] + shift[:, None]
+
+    def embed_state(x: Any) -> Any:
+        state = spec.state_embedding
+        if isinstance(state, ff.Scaled):
+            return (x - state.low) / (state.high - state.low)
+        if not isinstance(state, ff.HLGauss):
+            return x
+        std = state.sigma * (state.high - state.low) / (state.bins - 1)
+        edges = jnp.linspace(state.low, state.high, state.bins)
+        z = jnp.clip(x, state.low - 3 * std, state.high + 3 * std)
+        c = jax.lax.erf((edges - z) / (2**0.5 * std))
+        return jnp.diff(c, axis=-1) / (c[..., -1:] - c[..., :1])
+
+    def embed_time(t: Any) -> Any:
+        time = spec.time_embedding
+        if isinstance(time, ff.Cosine):
+            return jnp.cos(t)[..., None]
+        if isinstance(time, ff.CosineFourier):
+            return jnp.cos(jnp.pi * t[..., None] * jnp.arange(1, time.dim + 1))
+        return t[..., None]
+
+    def velocity(parameters: list[Any], x: Any, t: Any, cond: Any) -> Any:
+        time = embed_time(t)
+        time = jnp.broadcast_to(time, (*x.shape[:-1], time.shape[-1]))
+        h = jnp.concatenate([jnp.broadcast_to(cond, (*x.shape[:-1], cond.shape[-1])), embed_state(x), time], -1)
+        for i in range(layers):
+            h = product(h, parameters[2 * i]) + parameters[2 * i + 1][:, None]
+            if i < layers - 1:
+                h = activate(h)
+                if spec.norm:
+                    h = layer_norm(h, *parameters[2 * (layers + i) : 2 * (layers + i) + 2])
+        return h
+
+    def walk(parameters: list[Any], x_0: Any, cond: Any) -> Any:
+        def step(x: Any, k: Any) -> tuple[Any, None]:
+            return x + velocity(parameters, x, k / case.num_steps, cond) / case.num_steps, None
+
+        x = jnp.broadcast_to(x_0, (members, *x_0.shape[-2:]))
+        if unrolled:
+            for k in range(case.num_steps):
+                x, _ = step(x, jnp.float32(k))
+            return x
+        return jax.lax.scan(step, x, jnp.arange(case.num_steps, dtype=jnp.float32))[0]
+
+    def loss(parameters: list[Any], x_0: Any, x_1: Any, t: Any, cond: Any) -> Any:
+        x_t = (1 - t[..., None]) * x_0 + t[..., None] * x_1
+        x_t = jnp.broadcast_to(x_t, (members, *x_t.shape[-2:]))
+        return jnp.square(velocity(parameters, x_t, t, cond) - (x_1 - x_0)).mean()
+
+    parameters = [array(p if spec.ensemble else p.unsqueeze(0)) for p in problem.field.parameter_list()]
+    samples = case.samples or 1
+    # Rows are one axis here: [B, S] become B S, with cond repeated for every sample.
+    flat = {"x_0": array(problem.inputs["x_0"]).reshape(-1, spec.state_dim)}
+    flat["cond"] = jnp.repeat(array(problem.inputs["cond"]), samples, axis=0)
+
+    if case.kind == "integrate":
+        if unrolled and case.num_steps > 16:
+            raise Skipped("unrolled only up to K=16")
+        compiled_walk = jax.jit(walk)
+
+        def call() -> Any:
+            return compiled_walk(parameters, flat["x_0"], flat["cond"])
+
+        def results() -> dict[str, Tensor]:
+            x = _from_jax(jax.block_until_ready(call()))
+            shape = problem.inputs["x_0"].shape
+            return {"x_1": x.reshape(members, *shape) if spec.ensemble else x.reshape(shape)}
+
+    else:
+        if unrolled:
+            raise Skipped("a loss has no loop to unroll")
+        flat["x_1"] = array(problem.inputs["x_1"]).reshape(-1, spec.state_dim)
+        flat["t"] = array(problem.inputs["t"]).reshape(-1)
+        gradient = jax.jit(jax.value_and_grad(loss))
+
+        def call() -> Any:
+            return gradient(parameters, flat["x_0"], flat["x_1"], flat["t"], flat["cond"])
+
+        def results() -> dict[str, Tensor]:
+            value, gradients = jax.block_until_ready(call())
+            # `parameter_list` is in another order than `named_parameters`.
+            at = {id(p): i for i, p in enumerate(problem.field.parameter_list())}
+            named = {"loss": _from_jax(value)}
+            for parameter_name, p in problem.field.named_parameters():
+                named[parameter_name] = _from_jax(gradients[at[id(p)]]).reshape(p.shape)
+            return named
+
+    return Variant(name, call, results, finish=jax.block_until_ready)
+
+
+def _from_jax(x: Any) -> Tensor:
+    import numpy as np
+
+    # A copy: JAX's memory is read-only.
+    return torch.from_numpy(np.array(x))
+
+
+def jax_scan(problem: Problem, precision: str) -> Variant:
+    """JAX: jit, the steps of a walk by lax.scan."""
+    return _jax_variant("jax", problem, precision, unrolled=False)
+
+
+def jax_unrolled(problem: Problem, precision: str) -> Variant:
+    """JAX: jit, the steps of a walk unrolled."""
+    return _jax_variant("jax unrolled", problem, precision, unrolled=True)
+
+
+RIVALS: dict[str, Rival] = {
+    "fused": fused,
+    "eager": eager,
+    "compile": compiled,
+    "compile reduce-overhead": compiled_reduce_overhead,
+    "compile max-autotune": compiled_max_autotune,
+    "jax": jax_scan,
+    "jax unrolled": jax_unrolled,
+}
+
+
+# What surrounds them ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def global_precision(precision: str) -> Iterator[None]:
+    """torch's global float32 setting that lets plain PyTorch multiply as `precision` says."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclass
+class Verdict:
+    """How wrong a variant is, beside eager PyTorch in the same precision."""
+
+    errors: dict[str, float]
+    eager: dict[str, float]
+
+    def within(self, times: float) -> bool:
+        """Whether the worst error is at most `times` eager PyTorch's worst, or below the floor.
+
+        Not error by error: that of a single number, such as a loss, can be small by chance.
+        """
+        return worst(self.errors) <= max(times * worst(self.eager), ERROR_FLOOR)
+
+    @property
+    def times_eager(self) -> float:
+        """The worst error over eager's worst."""
+        return worst(self.errors) / max(worst(self.eager), ERROR_FLOOR)
+
+
+def check(problem: Problem, variant: Variant, precision: str) -> Verdict:
+    """Compare a variant with the reference in float64. Runs it once, so that it is compiled afterwards."""
+    return Verdict(problem.errors(variant.results()), problem.errors(problem.results("reference", precision)))
+
+
+@contextlib.contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """Keeps torch.compile's autotuning tables off the terminal; what was printed is shown if the block fails."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except BaseException:
+        sys.stderr.write(printed.getvalue()[-4000:])
+        raise
+
+
+def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """One call as a CUDA graph, and the result that every replay writes to."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
+def graphed(problem: Problem, variant: Variant) -> Variant:
+    """A capturable variant replayed from a CUDA graph: what the device needs without the launches' cost.
+
+    Raises:
+        Skipped: no GPU, or a variant that no graph can hold.
+    """
+    if problem.device.type != "cuda":
+        raise Skipped("CUDA graphs need CUDA")
+    if not variant.capturable:
+        raise Skipped(f"{variant.name} has CUDA graphs of its own or none")
+    graph, result = capture(variant.call)
+
+    def results() -> dict[str, Tensor]:
+        graph.replay()
+        torch.cuda.synchronize()
+        return _named(problem, result)
+
+    return Variant(f"{variant.name} + graph", graph.replay, results)

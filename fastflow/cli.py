@@ -1,0 +1,281 @@
+"""The command line. Each command imports what it needs when it runs, so that help and errors come at once.
+
+Exit codes: 0 done, 2 something the user can put right (printed as `error: ...`), 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastflow._version import __version__
+from fastflow.errors import UserError, missing_extra
+
+__all__ = ["main"]
+
+_HELP = """\
+usage: fastflow COMMAND [OPTIONS]
+
+commands:
+  collect NAME   make an OGBench dataset locally with scripted policies
+  train floq     train an agent on a dataset; --env NAME, --resume RUN
+  evaluate RUN   play episodes with the policy of a saved run
+  plot RUN       draw learning curves and the critic's flow paths of a saved run
+  relabel NAME   turn an OGBench dataset into a file that trains without a simulator
+  info           versions, devices and kernel plan: what a bug report needs
+
+fastflow COMMAND --help tells the options of a command; fastflow --version the version.
+"""
+
+# How positional arguments are called in help.
+_METAVARS = {"name": "NAME", "runs": "RUN [RUN ...]"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; `argv` is sys.argv without the program by default."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe left; what Python would flush at exit has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        print(_HELP, end="", file=sys.stderr)
+        return 2
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0
+    if name in ("--version", "-V"):
+        print(f"fastflow {__version__}")
+        return 0
+    if name not in _COMMANDS:
+        raise UserError(f"no command {name!r}{_nearest(name, list(_COMMANDS))}; fastflow --help lists the commands")
+    return _COMMANDS[name](rest)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f", did you mean {found[0]}?" if found else ""
+
+
+def _parse(function: Callable[..., Any], argv: list[str], command: str) -> Any:
+    """Calls `function` with arguments from the command line: its positional-only parameters are positional there too.
+
+    The functions only return what they were given; the work starts when tyro is done, outside its error handling.
+    """
+    try:
+        import tyro
+    except ImportError as error:
+        raise missing_extra("rl", "tyro") from error
+    function.__annotations__ |= {
+        name: Annotated[kind, tyro.conf.arg(metavar=_METAVARS[name])]
+        for name, kind in typing.get_type_hints(function).items()
+        if name in _METAVARS
+    }
+    return tyro.cli(function, args=argv, prog=f"fastflow {command}")
+
+
+def _collect(argv: list[str]) -> int:
+    def collect(
+        name: str,
+        /,
+        dataset_dir: Path | None = None,
+        episodes: int | None = None,
+        val_episodes: int | None = None,
+        seed: int = 0,
+        noise: float | None = None,
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> dict[str, Any]:
+        """Makes the files of an OGBench dataset with the scripted policies that ship in the ogbench package.
+
+        Interrupted, the same command goes on where it stopped.
+
+        Args:
+            name: Dataset, such as cube-single-play-v0, or an environment that uses it.
+            dataset_dir: Folder for the files; by default OGBench's own, ~/.ogbench/data.
+            episodes: Training episodes; by default as many as published.
+            val_episodes: Validation episodes; by default a tenth of the training episodes.
+            seed: Decides every episode.
+            noise: Action noise; by default as published.
+            overwrite: Replace existing files, once the new ones are complete.
+            progress: Progress bar, if the output is a terminal.
+        """
+        return locals()
+
+    options = _parse(collect, argv, "collect")
+    from fastflow.collect import collect as make
+
+    try:
+        written = make(options.pop("name"), **options)
+    except KeyboardInterrupt:
+        print("interrupted; the finished episodes are kept, and the same command goes on", file=sys.stderr)
+        return 130
+    for path in written:
+        print(path)
+    return 0
+
+
+def _relabel(argv: list[str]) -> int:
+    def relabel(
+        name: str,
+        /,
+        output: Path,
+        dataset_dir: Path | None = None,
+        dataset_path: Path | None = None,
+        overwrite: bool = False,
+    ) -> dict[str, Any]:
+        """Writes the transitions of a task, rewards included, to one file.
+
+        OGBench computes rewards from simulator states when it loads a dataset. The file made here holds them, so that
+        `fastflow train --dataset-path FILE` runs where there is no simulator.
+
+        Args:
+            name: Task, such as cube-single-play-singletask-v0.
+            output: File to write (npz).
+            dataset_dir: Folder with OGBench's dataset files; by default OGBench's own, ~/.ogbench/data.
+            dataset_path: One OGBench dataset file instead.
+            overwrite: Replace an existing file.
+        """
+        return locals()
+
+    options = _parse(relabel, argv, "relabel")
+    output = options["output"]
+    if output.exists() and not options["overwrite"]:
+        raise UserError(f"{output}: exists; pass --overwrite to replace it")
+    if not output.parent.is_dir():
+        raise UserError(f"output: expected a file in an existing folder, got {output}")
+    from fastflow.data import load_dataset, save_transitions
+    from fastflow.envs import check_name
+
+    name = options["name"]
+    check_name(name)
+    try:
+        dataset, validation = load_dataset(
+            name, dataset_dir=options["dataset_dir"], dataset_path=options["dataset_path"]
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"dataset of {name}: {error}") from error
+    save_transitions(dataset, output)
+    print(f"{output}: {len(dataset):,} transitions")
+    if validation is not None:
+        # Where load_dataset looks for the other half.
+        beside = output.with_name(f"{output.stem}-val{output.suffix}")
+        save_transitions(validation, beside)
+        print(f"{beside}: {len(validation):,} transitions")
+    return 0
+
+
+def _train(argv: list[str]) -> int:
+    from fastflow import agents
+
+    names = ", ".join(agents.NAMES)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            f"usage: fastflow train AGENT --env NAME [OPTIONS]\n\nagents: {names}\n\n"
+            "fastflow train AGENT --help tells all options."
+        )
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    if name not in agents.NAMES:
+        raise UserError(f"no agent {name!r}{_nearest(name, list(agents.NAMES))}; there are: {names}")
+    from fastflow.train import parse, train
+
+    result = train(parse(name, rest, prog=f"fastflow train {name}"), name)
+    return 0 if result.interrupted is None else 128 + int(result.interrupted)
+
+
+def _evaluate(argv: list[str]) -> int:
+    def evaluate(
+        runs: tuple[Path, ...],
+        /,
+        episodes: int = 50,
+        seed: int = 0,
+        envs: int = 10,
+        checkpoint: int | None = None,
+        all_checkpoints: bool = False,
+        device: str = "auto",
+    ) -> dict[str, Any]:
+        """Plays episodes with the policy of saved runs and prints success, return and length.
+
+        Of several runs also the mean and the interquartile mean with a bootstrap interval. Results are written to
+        RUN/evaluations, and to RUN/eval.csv where that step has no row yet.
+
+        Args:
+            runs: Run folders.
+            episodes: Episodes per checkpoint.
+            seed: Decides start states and the policy's noise.
+            envs: Environments that step together.
+            checkpoint: Step of the checkpoint; by default the newest.
+            all_checkpoints: Every checkpoint of each run.
+            device: auto, cpu, cuda or cuda:N.
+        """
+        return locals()
+
+    options = _parse(evaluate, argv, "evaluate")
+    for name in ("episodes", "envs"):
+        if options[name] < 1:
+            raise UserError(f"{name}: expected at least 1, got {options[name]}")
+    from fastflow.evaluate import evaluate_runs
+
+    evaluate_runs(options.pop("runs"), num_envs=options.pop("envs"), **options)
+    return 0
+
+
+def _plot(argv: list[str]) -> int:
+    def plot(runs: tuple[Path, ...], /, output: Path | None = None, checkpoint: int | None = None) -> dict[str, Any]:
+        """Draws learning_curve.png and flow_paths.png.
+
+        Args:
+            runs: Run folders; several share one learning curve.
+            output: Folder for the figures; by default RUN/figures of the first run.
+            checkpoint: Step of the checkpoint for the flow paths; by default the newest.
+        """
+        return locals()
+
+    options = _parse(plot, argv, "plot")
+    from fastflow.plot import plot_runs
+
+    for path in plot_runs(options.pop("runs"), **options):
+        print(path)
+    return 0
+
+
+def _info(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print(
+            "usage: fastflow info\n\nPrints versions, devices, shared memory and kernel plan: what a bug report needs."
+        )
+        return 0
+    if argv:
+        raise UserError(f"info: expected no arguments, got {' '.join(argv)}")
+    from fastflow.info import describe
+
+    print(describe())
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "collect": _collect,
+    "train": _train,
+    "evaluate": _evaluate,
+    "plot": _plot,
+    "relabel": _relabel,
+    "info": _info,
+}

@@ -1,0 +1,276 @@
+"""Figures of runs: learning curves, and how the flow critic's value z_k moves from noise to its answer in K steps."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastflow.atomic import atomic_write
+from fastflow.errors import UserError, missing_extra
+from fastflow.record import Run, load_agent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_flow_paths", "draw_losses", "draw_success", "flow_paths", "plot_overview", "plot_runs", "save_figure"]
+
+# Okabe and Ito's palette: told apart with any colour vision, and in print.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_STYLE: dict[str, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "font.size": 9,
+    "legend.frameon": False,
+    "figure.dpi": 150,
+}
+_STATES = 6
+_NOISES = 9
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+        import matplotlib.figure
+    except ImportError as error:
+        raise missing_extra("plot", "matplotlib") from error
+    return matplotlib
+
+
+def new_figure(columns: int, width: float = 5.0, height: float = 3.8) -> tuple[Figure, list[Axes]]:
+    """An empty figure with `columns` panels side by side, each `width` by `height` inches."""
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context(_STYLE):
+        # The object, not pyplot: no window, no global state, any thread.
+        figure = matplotlib.figure.Figure(figsize=(width * columns, height), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Writes a figure as PNG, atomically, and returns where.
+
+    Raises:
+        UserError: the disk is full or the file cannot be written.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot make this folder ({error.strerror})") from error
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return path
+
+
+def _label(run: Run) -> str:
+    return f"seed {run.config['seed']}"
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """The shortest names that tell the runs apart."""
+    for labels in ([_label(run) for run in runs], [run.path.resolve().name for run in runs]):
+        if len(set(labels)) == len(runs):
+            return labels
+    return [str(run.path) for run in runs]
+
+
+def _column(rows: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    steps, values = np.array(found, dtype=np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def _updates_axis(axis: Axes) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.set_xlabel("updates")
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def draw_success(axis: Axes, runs: Sequence[Run]) -> None:
+    """Success over updates, one line per run; with several runs of the same evaluations also their mean."""
+    curves = []
+    for i, (run, label) in enumerate(zip(runs, _labels(runs), strict=True)):
+        steps, values = _column(run.eval.rows(), "evaluation/success")
+        curves.append((steps, values))
+        several = len(runs) > 1
+        axis.plot(
+            steps,
+            values,
+            color=_COLORS[i % len(_COLORS)],
+            marker="o",
+            markersize=3 if several else 4.5,
+            linewidth=1.1 if several else 2,
+            alpha=0.75 if several else 1,
+            label=label,
+            clip_on=False,
+        )
+    first = curves[0][0]
+    if len(curves) > 1 and len(first) and all(np.array_equal(first, steps) for steps, _ in curves):
+        axis.plot(first, np.mean([v for _, v in curves], 0), color="black", linewidth=2.4, label="mean", clip_on=False)
+    if not any(len(steps) for steps, _ in curves):
+        axis.text(0.5, 0.5, "no evaluations yet", transform=axis.transAxes, ha="center", color="#888888")
+    axis.set_ylim(0, 1.02)
+    axis.set_ylabel("success rate")
+    axis.set_title("Success")
+    _updates_axis(axis)
+    if len(runs) > 1:
+        axis.legend(ncols=2 if len(runs) > 4 else 1, fontsize=8)
+
+
+def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
+    """Training losses over updates on a logarithmic axis: every loss of one run, or the critic's of several."""
+    labels = _labels(runs)
+    lines: list[tuple[np.ndarray, np.ndarray, str]] = []
+    for run, label in zip(runs, labels, strict=True):
+        rows = run.train.rows()
+        names = list(dict.fromkeys(name for row in rows for name in row if name.startswith("training/")))
+        losses = [name for name in names if name.endswith("_loss") and not _is_sum(name, names)]
+        if len(runs) > 1:
+            losses = [name for name in losses if name.startswith("training/critic/")][:1]
+        for name in losses:
+            steps, values = _column(rows, name)
+            lines.append((steps, values, label if len(runs) > 1 else name.removeprefix("training/")))
+    positive = [line for line in lines if len(line[1]) and (line[1] > 0).all()]
+    for i, (steps, values, label) in enumerate(positive):
+        axis.plot(steps, values, color=_COLORS[i % len(_COLORS)], linewidth=1.6, label=label)
+    if positive:
+        axis.set_yscale("log")
+        axis.legend(fontsize=8)
+    else:
+        axis.text(0.5, 0.5, "no rows in train.csv yet", transform=axis.transAxes, ha="center", color="#888888")
+    axis.set_ylabel("loss")
+    axis.set_title("Training losses" if len(runs) == 1 else "Flow loss of the critic")
+    _updates_axis(axis)
+
+
+def _is_sum(name: str, names: Sequence[str]) -> bool:
+    """Whether a loss is the total of its group (critic/critic_loss), shown by its parts instead."""
+    group = name.split("/")[-2]
+    return name.endswith(f"{group}/{group}_loss") and sum(n.startswith(f"training/{group}/") for n in names) > 1
+
+
+def flow_paths(run: Run, step: int | None = None, device: str = "cpu") -> tuple[np.ndarray, int]:
+    """The critic's flow from noise to value, for a few dataset rows of different value.
+
+    Args:
+        run: an open run folder.
+        step: checkpoint; None takes the newest.
+        device: where to compute.
+
+    Returns:
+        z_k as [rows, noises, K + 1] of the first ensemble member, rows by ascending value; and the checkpoint's step.
+
+    Raises:
+        UserError: no checkpoint or samples in the folder.
+    """
+    agent, checkpoint = load_agent(run, step, device)
+    samples = {name: value.to(agent.device) for name, value in run.load_samples().items()}
+    count = len(samples["observations"])
+    # Evenly spaced quantiles instead of random draws: the figure shows the whole range of the noise, and is repeatable.
+    noise = torch.linspace(0, 1, _NOISES, device=agent.device).expand(count, _NOISES).contiguous()
+    with torch.no_grad():
+        paths = agent.flow_paths(samples["observations"], samples["actions"], noise)[0].float().cpu().numpy()
+    order = np.argsort(paths[:, :, -1].mean(1))
+    chosen = order[np.linspace(0, count - 1, min(_STATES, count)).round().astype(int)]
+    return paths[chosen], checkpoint.step
+
+
+def draw_flow_paths(axis: Axes, paths: np.ndarray, step: int) -> None:
+    """z_k over k.
+
+    Args:
+        axis: where.
+        paths: [rows, noises, K + 1], one colour per row and one line per noise.
+        step: updates done, for the title.
+    """
+    matplotlib = _matplotlib()
+    rows, _, times = paths.shape
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.85, rows))
+    k = np.arange(times)
+    for row in range(rows):
+        axis.plot(k, paths[row].T, color=colors[row], linewidth=0.8, alpha=0.45)
+        mean = paths[row].mean(0)
+        axis.plot(k, mean, color=colors[row], linewidth=2.2)
+        axis.annotate(
+            f"{mean[-1]:.3g}",
+            (k[-1], mean[-1]),
+            xytext=(5, 0),
+            textcoords="offset points",
+            color=colors[row],
+            va="center",
+            fontsize=8,
+        )
+    note = "thin: one line per noise, thick: their mean"
+    axis.text(0.02, 0.02, note, transform=axis.transAxes, fontsize=8, color="#666666")
+    axis.set_xlim(0, times - 1)
+    axis.set_xticks(k if times <= 12 else k[:: (times + 9) // 10])
+    axis.margins(x=0)
+    axis.set_xlabel(f"integration step k of K = {times - 1}")
+    axis.set_ylabel("z_k (discounted return)")
+    axis.set_title(f"Critic's flow paths of {rows} state-action pairs, update {step:,}")
+
+
+def plot_overview(runs: Sequence[Run], path: str | Path) -> Path:
+    """One figure with success, losses and the flow paths of the first run; returns where it was written.
+
+    Raises:
+        UserError: a run without a checkpoint, or the file cannot be written.
+    """
+    matplotlib = _matplotlib()
+    figure, axes = new_figure(3)
+    with matplotlib.rc_context(_STYLE):
+        draw_success(axes[0], runs)
+        draw_losses(axes[1], runs)
+        draw_flow_paths(axes[2], *flow_paths(runs[0]))
+        return save_figure(figure, path)
+
+
+def plot_runs(
+    paths: Sequence[str | Path], *, output: str | Path | None = None, checkpoint: int | None = None
+) -> list[Path]:
+    """Draws learning_curve.png and flow_paths.png of one or more runs; what `fastflow plot` does.
+
+    Args:
+        paths: run folders. Several share one learning curve; the flow paths are the first one's.
+        output: folder for the figures; by default RUN/figures of the first run.
+        checkpoint: step of the checkpoint for the flow paths; None takes the newest.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: not a run folder, no such checkpoint, matplotlib is not installed, a file cannot be written.
+    """
+    if not paths:
+        raise UserError("plot: expected at least one run folder")
+    matplotlib = _matplotlib()
+    runs = [Run.open(path) for path in paths]
+    folder = runs[0].path / "figures" if output is None else Path(output)
+    written = []
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = new_figure(2)
+        draw_success(axes[0], runs)
+        draw_losses(axes[1], runs)
+        figure.suptitle(" / ".join(dict.fromkeys(run.config["env"] for run in runs)), x=0.01, ha="left")
+        written.append(save_figure(figure, folder / "learning_curve.png"))
+        if runs[0].checkpoint_steps() or checkpoint is not None:
+            figure, axes = new_figure(1, 6.4, 4.6)
+            draw_flow_paths(axes[0], *flow_paths(runs[0], checkpoint))
+            written.append(save_figure(figure, folder / "flow_paths.png"))
+    return written
