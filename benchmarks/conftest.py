@@ -70,8 +70,6 @@ def time_case(benchmark: Any, precision: str) -> Callable[[Case, str, str], None
                 verdict = check(problem, variant, precision)
             except Skipped as reason:
                 pytest.skip(str(reason))
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                pytest.skip(f"torch.compile does not work here: {str(error).splitlines()[0]}")
             assert verdict.within(FUSED_TIMES if rival == "fused" else RIVAL_TIMES), verdict
             benchmark.extra_info.update(
                 case=case.name,

@@ -26,7 +26,8 @@ def facts(device: torch.device) -> dict[str, Any]:
             "executable": sys.executable,
             "system": platform.platform(),
             "cuda": torch.version.cuda,
-            **{name: _version(name) for name in ("fastflow", "torch", "triton", "numpy", "jax")},
+            "torch": torch.__version__,
+            **{name: _version(name) for name in ("fastflow", "triton", "numpy", "jax")},
         },
         "repository": repository(),
     }

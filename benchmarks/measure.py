@@ -1,8 +1,8 @@
 """The clock: variants measured in turn, round after round, so that their ratios survive drifting clocks.
 
 A round times one batch of calls of every variant, in an order that rotates; the medians are over rounds. A batch is
-long enough for the clock, and its calls queue up behind one another: timing single launches on an idle GPU would measure
-the gap before them.
+long enough for the clock, and its calls queue up behind one another: timing single launches on an idle GPU would
+measure the gap before them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The ways to compute a case: fastflow's, and what its users would otherwise write. All are checked before being timed.
 
-A rival is a function of a problem and a precision that returns a Variant, or raises Skipped with the reason. To add one,
-write such a function and put it in RIVALS. Precisions are those of `fastflow.integrate`: "bf16" rounds the operands of
-matrix products to bfloat16 and keeps everything else float32, "tf32" and "fp32" say how float32 is multiplied and need
-`global_precision` around plain PyTorch.
+A rival is a function of a problem and a precision that returns a Variant, or raises Skipped with the reason. To add
+one, write such a function and put it in RIVALS. Precisions are as in `fastflow.integrate`: "bf16" rounds the operands
+of matrix products to bfloat16 and keeps everything else float32, "tf32" and "fp32" say how float32 is multiplied and
+need `global_precision` around plain PyTorch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,6 +131,9 @@ def eager(problem: Problem, precision: str) -> Variant:
 def _compiled(name: str, mode: str, problem: Problem, precision: str) -> Variant:
     if mode != "default" and problem.device.type != "cuda":
         raise Skipped(f'mode="{mode}" is for CUDA')
+    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
+    if problem.device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
+        raise Skipped("torch.compile needs a C++ compiler on the CPU")
     # Every shape and K is a program of its own, with the loop unrolled: the best that torch.compile can do.
     function = torch.compile(_plain(problem, precision), fullgraph=True, dynamic=False, mode=mode)
     return _torch_variant(name, problem, function, compiled=True)

@@ -1,4 +1,4 @@
-"""The walk over K, over rows and for one row, beside what else computes it. Groups are cases, so a group is a comparison."""
+"""The walk over K, over rows and for one row, beside what else computes it. A group is a comparison."""
 
 from __future__ import annotations
 

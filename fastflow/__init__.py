@@ -1,4 +1,5 @@
-"""Flow-matching critics and policies for reinforcement learning: the K-step integration and the loss, each one operation."""
+"""Flow-matching critics and policies for reinforcement learning: the K-step integration and the loss, each one
+operation."""
 
 from __future__ import annotations
 

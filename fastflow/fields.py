@@ -1,6 +1,7 @@
 """The one description of a velocity network that every layer shares, and the module that holds its parameters.
 
-A field v(x_t, t, cond) is a plain MLP: [cond, state embedding of x_t, time embedding of t] -> (Dense -> activation -> optional
+A field v(x_t, t, cond) is a plain MLP: [cond, state embedding of x_t, time embedding of t] -> (Dense -> activation ->
+optional
 LayerNorm) per hidden width -> Dense(state_dim). With an ensemble every parameter carries a leading E axis.
 """
 
@@ -51,9 +52,11 @@ class Scaled:
 
 @dataclass(frozen=True)
 class HLGauss:
-    """State embedding of a scalar: the mass that a Gaussian around x puts in each of `bins - 1` intervals (floq, section 4).
+    """State embedding of a scalar: the mass that a Gaussian around x puts in each of `bins - 1` intervals (floq,
+    section 4).
 
-    `bins` edges e_i lie evenly in [low, high]; the Gaussian's standard deviation is `sigma` edge spacings; the masses are
+    `bins` edges e_i lie evenly in [low, high]; the Gaussian's standard deviation is `sigma` edge spacings; the masses
+    are
     normalised to sum 1. x is clamped to three standard deviations outside the range, where the normaliser is still well
     conditioned in float32: further out the published formula is 0/0.
     """
@@ -176,7 +179,9 @@ class FieldSpec:
         if self.norm not in NORMS:
             raise ValueError(f"FieldSpec: norm must be one of {NORMS}, got {self.norm!r}")
         if not isinstance(self.state_embedding, (Identity, Scaled, HLGauss)):
-            raise TypeError(f"FieldSpec: state_embedding must be Identity, Scaled or HLGauss, got {self.state_embedding!r}")
+            raise TypeError(
+                f"FieldSpec: state_embedding must be Identity, Scaled or HLGauss, got {self.state_embedding!r}"
+            )
         if not isinstance(self.time_embedding, (RawTime, Cosine, CosineFourier)):
             raise TypeError(
                 f"FieldSpec: time_embedding must be RawTime, Cosine or CosineFourier, got {self.time_embedding!r}"
@@ -201,7 +206,7 @@ class FieldSpec:
 
     @functools.cached_property
     def key(self) -> str:
-        """A string that `FieldSpec.from_key` turns back into this spec: how a spec crosses a torch operator's schema."""
+        """A string that `FieldSpec.from_key` turns back into this spec: so a spec passes through a torch operator."""
         return repr(tuple(_plain(getattr(self, f.name)) for f in fields(self)))
 
     @staticmethod
@@ -220,14 +225,25 @@ def _plain(value: object) -> object:
 @functools.lru_cache(maxsize=256)
 def _spec_from_key(key: str) -> FieldSpec:
     embeddings = {c.__name__: c for c in (Identity, Scaled, HLGauss, RawTime, Cosine, CosineFourier)}
-    *head, state, time, norm_eps = ast.literal_eval(key)
-    return FieldSpec(*head, embeddings[state[0]](*state[1:]), embeddings[time[0]](*time[1:]), norm_eps)
+    values = dict(zip([f.name for f in fields(FieldSpec)], ast.literal_eval(key), strict=True))
+    for name in ("state_embedding", "time_embedding"):
+        kind, *arguments = values[name]
+        values[name] = embeddings[kind](*arguments)
+    return FieldSpec(**values)
 
 
 class Dense(nn.Module):
-    """y = x @ weight + bias, `weight` [in, out] or [E, in, out], `bias` [out] or [E, out]. Glorot-uniform weight, zero bias."""
+    """y = x @ weight + bias, `weight` [in, out] or [E, in, out], `bias` [out] or [E, out]. Glorot-uniform weight,
+    zero bias."""
 
-    def __init__(self, in_features: int, out_features: int, ensemble: int | None = None, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ensemble: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         lead = () if ensemble is None else (ensemble,)
         self.weight = nn.Parameter(torch.empty(*lead, in_features, out_features, device=device, dtype=dtype))
@@ -248,7 +264,13 @@ class Dense(nn.Module):
 class LayerNormAffine(nn.Module):
     """The scale `weight` and shift `bias` of one LayerNorm, [H] or [E, H]."""
 
-    def __init__(self, width: int, ensemble: int | None = None, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        width: int,
+        ensemble: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         lead = () if ensemble is None else (ensemble,)
         self.weight = nn.Parameter(torch.empty(*lead, width, device=device, dtype=dtype))
@@ -263,7 +285,8 @@ class LayerNormAffine(nn.Module):
 
 
 class DenseStack(nn.Module):
-    """The trunk that velocity fields, policies and value networks share: Dense -> activation -> optional LayerNorm, then Dense.
+    """The trunk that velocity fields, policies and value networks share: Dense -> activation -> optional LayerNorm,
+    then Dense.
 
     Args:
         sizes: (in, out) of every Dense layer, head last.
@@ -278,8 +301,8 @@ class DenseStack(nn.Module):
         sizes: tuple[tuple[int, int], ...],
         ensemble: int | None = None,
         norm: str | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Dense(i, o, ensemble, device, dtype) for i, o in sizes)
@@ -311,10 +334,13 @@ class VelocityField(DenseStack):
         spec: the network.
         device, dtype: as for every torch module. Any floating dtype runs on the reference path, float64 included.
 
-    Calling the module evaluates the velocity once, on the reference path; `fastflow.integrate` and the losses take the module.
+    Calling the module evaluates the velocity once, on the reference path; `fastflow.integrate` and the losses take
+    the module.
     """
 
-    def __init__(self, spec: FieldSpec, device=None, dtype=None) -> None:
+    def __init__(
+        self, spec: FieldSpec, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         if not isinstance(spec, FieldSpec):
             raise TypeError(f"VelocityField: spec must be a FieldSpec, got {type(spec).__name__}")
         super().__init__(spec.layer_sizes, spec.ensemble, spec.norm, device, dtype)

@@ -1,12 +1,14 @@
 """Critics and policies around the fused operations, as plain nn.Modules that drop into other codebases.
 
-Each reads its parameters anew at every call, so `state_dict`, `deepcopy`, `.to`, `functional_call`, `lerp_` and `.data` edits all
+Each reads its parameters anew at every call, so `state_dict`, `deepcopy`, `.to`, `functional_call`, `lerp_` and
+`.data` edits all
 work. Observations and actions may have any leading shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +27,13 @@ from fastflow.fields import (
 
 
 class FlowCritic(nn.Module):
-    """A Q-value that is the end of a K-step walk: z_0 ~ U[noise_range], z_K = z_0 + integral of v(z, t | obs, action) (floq).
+    """A Q-value that is the end of a K-step walk: z_0 ~ U[noise_range], z_K = z_0 + integral of v(z, t | obs, action)
+    (floq).
 
     Args:
         obs_dim, action_dim: O and A; `action_dim=0` gives a state value.
-        value_range: (low, high) of the values, the range of the HL-Gauss embedding of z. `FlowCritic.for_rewards` computes it
+        value_range: (low, high) of the values, the range of the HL-Gauss embedding of z. `FlowCritic.for_rewards`
+        computes it
             and `noise_range` from the rewards as the paper does.
         noise_range: (l, u) of the uniform start; default `value_range`.
         hidden: widths of the velocity network.
@@ -62,8 +66,8 @@ class FlowCritic(nn.Module):
         norm: str | None = "layer",
         backend: str | None = None,
         precision: str | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_samples < 1:
@@ -98,7 +102,7 @@ class FlowCritic(nn.Module):
         discount: float,
         noise_coverage: float = 0.1,
         reward_offset: float = 0.01,
-        **options,
+        **options: Any,
     ) -> FlowCritic:
         """A critic whose ranges follow from the rewards as in floq (see `value_ranges`)."""
         value_range, noise_range = value_ranges(reward_range, discount, noise_coverage, reward_offset)
@@ -220,8 +224,8 @@ class FlowPolicy(nn.Module):
         clip: float | None = 1.0,
         backend: str | None = None,
         precision: str | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         spec = FieldSpec(
@@ -266,7 +270,8 @@ class FlowPolicy(nn.Module):
     ) -> Tensor:
         """Flow-matching (behaviour cloning) loss: mean over A of (v(x_t, t | obs) - (action - noise))^2.
 
-        obs [..., O], action and noise [..., A], t and weight [...]; noise and t are drawn from `generator` if None. Returns 0-d,
+        obs [..., O], action and noise [..., A], t and weight [...]; noise and t are drawn from `generator` if None.
+        Returns 0-d,
         or [...] with `reduction="none"`.
         """
         cond, lead = _rows(self, obs, None)
@@ -305,8 +310,8 @@ class OneStepPolicy(nn.Module):
         activation: str = "gelu_tanh",
         norm: str | None = None,
         clip: float | None = 1.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         widths = (obs_dim + action_dim, *hidden, action_dim)
@@ -322,7 +327,8 @@ class OneStepPolicy(nn.Module):
         raw: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Actions [..., A] for obs [..., O]; `noise` [..., A] is drawn from N(0, I) by `generator` if None; `raw` skips the clip."""
+        """Actions [..., A] for obs [..., O]; `noise` [..., A] is drawn from N(0, I) by `generator` if None; `raw`
+        skips the clip."""
         cond, lead = _rows(self, obs, None)
         x = torch.cat([cond, _normal(self, noise, lead, cond, generator)], dim=-1)
         out = reference.dense_stack(x, self.network.parameter_list(), self.activation, self.norm)
@@ -347,8 +353,8 @@ class ValueNetwork(nn.Module):
         ensemble: int | None = 2,
         activation: str = "gelu_tanh",
         norm: str | None = "layer",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         widths = (obs_dim + action_dim, *hidden, 1)
@@ -386,7 +392,9 @@ def value_ranges(
     return value_range, (noise_coverage * r_min * scale, noise_coverage * r_max * scale)
 
 
-def _rows(module: nn.Module, obs: Tensor, action: Tensor | None) -> tuple[Tensor, torch.Size]:
+def _rows(
+    module: FlowCritic | FlowPolicy | OneStepPolicy | ValueNetwork, obs: Tensor, action: Tensor | None
+) -> tuple[Tensor, torch.Size]:
     """[obs, action] as [B, O + A] and the leading shape they came with."""
     name = type(module).__name__
     if obs.dim() == 0 or obs.shape[-1] != module.obs_dim:
@@ -403,7 +411,11 @@ def _rows(module: nn.Module, obs: Tensor, action: Tensor | None) -> tuple[Tensor
 
 
 def _normal(
-    module: nn.Module, noise: Tensor | None, lead: torch.Size, cond: Tensor, generator: torch.Generator | None
+    module: FlowPolicy | OneStepPolicy,
+    noise: Tensor | None,
+    lead: torch.Size,
+    cond: Tensor,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """Gaussian noise as [B, A]: the caller's, or drawn."""
     width = module.action_dim
@@ -414,7 +426,9 @@ def _normal(
     return noise.reshape(cond.shape[0], width)
 
 
-def _draw(sampler: Callable[..., Tensor], shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+def _draw(
+    sampler: Callable[..., Tensor], shape: Sequence[int], like: Tensor, generator: torch.Generator | None
+) -> Tensor:
     # torch.compile follows symbolic shapes only through the overload without a generator.
     given = {} if generator is None else {"generator": generator}
     return sampler(shape, dtype=like.dtype, device=like.device, **given)

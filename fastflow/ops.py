@@ -1,6 +1,8 @@
-"""The fused operations as torch operators: shape checks, dispatch to kernels or reference, fake tensors, autograd, vmap.
+"""The fused operations as torch operators: shape checks, dispatch to kernels or reference, fake tensors, autograd,
+vmap.
 
-One operator per integration (`fastflow::integrate`) and one per loss (`fastflow::matching_loss`), whatever the number of steps
+One operator per integration (`fastflow::integrate`) and one per loss (`fastflow::matching_loss`), whatever the number
+of steps
 and layers. Public functions check and bring tensors to the canonical form [E, B, S, D]; operators see nothing else.
 """
 
@@ -10,7 +12,7 @@ import dataclasses
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,20 +47,26 @@ def integrate(
     backend: str | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """Walk x_0 through `num_steps` steps of the velocity field: x_{k+1} = x_k + (t_1/K) v(x_k, t_1 k/K, cond), as one operation.
+    """Walk x_0 through `num_steps` steps of the velocity field: x_{k+1} = x_k + (t_1/K) v(x_k, t_1 k/K, cond), as one
+    operation.
 
     Args:
-        field: a VelocityField, or several of one spec, whose ensembles then stand one behind the other on the E axis and are
+        field: a VelocityField, or several of one spec, whose ensembles then stand one behind the other on the E axis
+        and are
             walked in the same launch (a critic and its target, say).
-        x_0: where the walk starts: [B, D], [B, S, D] or, with an ensemble, [E, B, D], [E, B, S, D]. Without an E axis it is
+        x_0: where the walk starts: [B, D], [B, S, D] or, with an ensemble, [E, B, D], [E, B, S, D]. Without an E axis
+        it is
             shared by all members. Dtype and device of the field.
         cond: [B, C], shared over E and S, or [E, B, C]; None where `cond_dim` is 0.
         num_steps: K, at least 1. Any value at run time: no kernel is compiled per K.
         method: "euler".
         t_1: end time; the walk starts at 0.
-        backend: "auto" (kernels where they cover the case, else the reference), "fused" (kernels or an error), "reference"
-            (plain, traceable PyTorch: any order of derivative). Default: the environment variable FASTFLOW_BACKEND, else "auto".
-        precision: of the matrix products: "bf16", "tf32" or "fp32". Flow state, sums and statistics stay float32. Default:
+        backend: "auto" (kernels where they cover the case, else the reference), "fused" (kernels or an error),
+        "reference"
+            (plain, traceable PyTorch: any order of derivative). Default: the environment variable FASTFLOW_BACKEND,
+            else "auto".
+        precision: of the matrix products: "bf16", "tf32" or "fp32". Flow state, sums and statistics stay float32.
+        Default:
             autocast if it is on, else `torch.get_float32_matmul_precision()` on CUDA, "fp32" on CPU.
 
     Returns:
@@ -94,7 +102,8 @@ def flow_matching_loss(
     backend: str | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """Flow-matching loss on the straight path: mean over D of (v(x_t, t, cond) - (x_1 - x_0))^2, x_t = (1 - t) x_0 + t x_1.
+    """Flow-matching loss on the straight path: mean over D of (v(x_t, t, cond) - (x_1 - x_0))^2, x_t = (1 - t) x_0 +
+    t x_1.
 
     Args:
         field: the VelocityField.
@@ -104,7 +113,8 @@ def flow_matching_loss(
         cond: [B, C] or [E, B, C].
         weight: per-row weights, shaped like t; each row's loss is multiplied by it. It may require a gradient.
         reduction: "none" gives one loss per row, "sum" adds them, "mean" divides the sum by the number of rows.
-        backend, precision: see `integrate`. Kernels give the gradients of the parameters, cond and weight; if x_0, x_1 or t
+        backend, precision: see `integrate`. Kernels give the gradients of the parameters, cond and weight; if x_0,
+        x_1 or t
             requires a gradient the reference is used.
 
     Returns:
@@ -238,7 +248,8 @@ class _Call:
         return call
 
     def check(self, tensor: Tensor, name: str, width: int | None) -> Tensor:
-        """The tensor if its type, device and last axis fit (cast to the field's dtype under autocast), else an error."""
+        """The tensor if its type, device and last axis fit (cast to the field's dtype under autocast), else an
+        error."""
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.name}: {name} must be a Tensor, got {type(tensor).__name__}")
         if tensor.device != self.device:
@@ -300,22 +311,21 @@ class _Call:
         tensor = self.check(tensor, name, self.spec.state_dim if trailing else None)
         lead = tuple(tensor.shape[:-1] if trailing else tensor.shape)
         b, s, e = self.batch, self.samples, self.members
-        # (leading shape, has E axis, has S axis). Compared, never hashed: hashing a symbolic size would fix it when compiled.
-        forms = [((b,), False, False)]
+        # (leading shape, has E axis, has S axis). Compared, never hashed: hashing a symbolic size would fix it when
+        # compiled.
+        forms: list[tuple[tuple[int, ...], bool, bool]] = [((b,), False, False)]
         if self.has_members and not self.has_samples:
             forms.append(((e, b), True, False))
         if self.has_samples:
             forms.append(((b, s), False, True))
         if self.has_members and self.has_samples:
             forms.append(((e, b, s), True, True))
-        for form, given_members, given_samples in forms:
+        for form, *given in forms:
             if len(lead) == len(form) and lead == form:
-                break
-        else:
-            tail = [self.spec.state_dim] if trailing else []
-            expected = " or ".join(str([*form, *tail]) for form, *_ in forms)
-            raise ValueError(f"{self.name}: {name} must be {expected}, got {list(tensor.shape)}")
-        return self._expand(tensor, trailing, given_members, given_samples)
+                return self._expand(tensor, trailing, *given)
+        tail = [self.spec.state_dim] if trailing else []
+        expected = " or ".join(str([*form, *tail]) for form, *_ in forms)
+        raise ValueError(f"{self.name}: {name} must be {expected}, got {list(tensor.shape)}")
 
     def _expand(self, tensor: Tensor, trailing: bool, given_members: bool, given_samples: bool) -> Tensor:
         if not given_members:
@@ -340,7 +350,8 @@ class _Call:
         return ValueError(f"{self.name}: {name} must be {expected}, got {list(tensor.shape)}{given}")
 
     def fused(self, unsupported: str | None = None) -> bool:
-        """Whether kernels run this call; raises for `backend="fused"` where they cannot, warns once for "auto" on CUDA."""
+        """Whether kernels run this call; raises for `backend="fused"` where they cannot, warns once for "auto" on
+        CUDA."""
         why = unsupported or _why_not_fused(self.spec, self.device, self.dtype, self.precision, self.backend)
         if why is None:
             return True
@@ -363,7 +374,9 @@ def _resolve_precision(precision: str | None, dtype: torch.dtype, device: torch.
     return "fp32"
 
 
-def _why_not_fused(spec: FieldSpec, device: torch.device, dtype: torch.dtype, precision: str, backend: str) -> str | None:
+def _why_not_fused(
+    spec: FieldSpec, device: torch.device, dtype: torch.dtype, precision: str, backend: str
+) -> str | None:
     """What keeps kernels from running a call, or None."""
     if device.type != "cuda" and not (device.type == "cpu" and backend == "fused" and _INTERPRETED):
         return f"{device.type} tensors"
@@ -441,10 +454,13 @@ def _reference_rows(
 def _fold_vmap(
     v: int, key: str, tensors: Sequence[Tensor], dims: Sequence[Any], parameters: Sequence[Tensor], p_dims: Any
 ) -> tuple[list[Tensor], list[Tensor], str]:
-    """Folds a vmapped axis of size V into the ensemble: tensors and parameters [V * E, ...], and the spec of that ensemble."""
+    """Folds a vmapped axis of size V into the ensemble: tensors and parameters [V * E, ...], and the spec of that
+    ensemble."""
     spec, fields = _per_field(key, parameters)
     if len(fields) != 1:
-        raise NotImplementedError("fastflow: vmap over several fields in one call; vmap one field, or use backend='reference'")
+        raise NotImplementedError(
+            "fastflow: vmap over several fields in one call; vmap one field, or use backend='reference'"
+        )
     members = spec.ensemble or 1
 
     def fold(x: Tensor, dim: int | None, has_members: bool = True) -> Tensor:
@@ -461,7 +477,8 @@ def _fold_vmap(
 
 def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
-        "fastflow: second derivatives do not go through the fused operators; call with backend='reference', which is plain PyTorch"
+        "fastflow: second derivatives do not go through the fused operators; "
+        "call with backend='reference', which is plain PyTorch"
     )
 
 
@@ -475,10 +492,19 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
 @torch.library.custom_op(
     "fastflow::integrate",
     mutates_args=(),
-    schema="(Tensor x_0, Tensor cond, Tensor[] parameters, str key, SymInt num_steps, float t_1, str precision, bool fused)"
-    " -> Tensor",
+    schema="(Tensor x_0, Tensor cond, Tensor[] parameters, str key, SymInt num_steps, float t_1, str precision, "
+    "bool fused) -> Tensor",
 )
-def _integrate(x_0, cond, parameters, key, num_steps, t_1, precision, fused):
+def _integrate(
+    x_0: Tensor,
+    cond: Tensor,
+    parameters: list[Tensor],
+    key: str,
+    num_steps: int,
+    t_1: float,
+    precision: str,
+    fused: bool,
+) -> Tensor:
     if fused and x_0.numel():
         from fastflow.kernels import integrate as kernel
 
@@ -492,34 +518,61 @@ def _integrate(x_0, cond, parameters, key, num_steps, t_1, precision, fused):
 
 
 @_integrate.register_fake
-def _(x_0, cond, parameters, key, num_steps, t_1, precision, fused):
+def _(
+    x_0: Tensor,
+    cond: Tensor,
+    parameters: list[Tensor],
+    key: str,
+    num_steps: int,
+    t_1: float,
+    precision: str,
+    fused: bool,
+) -> Any:
     return x_0.new_empty(x_0.shape)
 
 
 @torch.library.custom_op(
     "fastflow::integrate_bwd",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x_0, Tensor cond, Tensor[] parameters, str key, SymInt num_steps, float t_1, str precision)"
-    " -> Tensor[]",
+    schema="(Tensor grad, Tensor x_0, Tensor cond, Tensor[] parameters, str key, SymInt num_steps, float t_1, "
+    "str precision) -> Tensor[]",
 )
-def _integrate_bwd(grad, x_0, cond, parameters, key, num_steps, t_1, precision):
-    def walk(x_0, cond, *parameters):
+def _integrate_bwd(
+    grad: Tensor,
+    x_0: Tensor,
+    cond: Tensor,
+    parameters: list[Tensor],
+    key: str,
+    num_steps: int,
+    t_1: float,
+    precision: str,
+) -> list[Tensor]:
+    def walk(x_0: Tensor, cond: Tensor, *parameters: Tensor) -> Tensor:
         return _reference_integrate(x_0, cond, parameters, key, num_steps, t_1, precision)
 
     return _vjp(walk, grad, x_0, cond, *parameters)
 
 
 @_integrate_bwd.register_fake
-def _(grad, x_0, cond, parameters, key, num_steps, t_1, precision):
+def _(
+    grad: Tensor,
+    x_0: Tensor,
+    cond: Tensor,
+    parameters: list[Tensor],
+    key: str,
+    num_steps: int,
+    t_1: float,
+    precision: str,
+) -> Any:
     return [p.new_empty(p.shape) for p in (x_0, cond, *parameters)]
 
 
-def _integrate_setup(ctx, inputs, output):
+def _integrate_setup(ctx: Any, inputs: Any, output: Any) -> None:
     x_0, cond, parameters, *ctx.options, _ = inputs
     ctx.save_for_backward(x_0, cond, *parameters)
 
 
-def _integrate_backward(ctx, grad):
+def _integrate_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x_0, cond, *parameters = ctx.saved_tensors
     grads = torch.ops.fastflow.integrate_bwd(grad, x_0, cond, parameters, *ctx.options)
     return (grads[0], grads[1], list(grads[2:]), None, None, None, None, None)
@@ -530,20 +583,20 @@ _integrate_bwd.register_autograd(_refuse_double_backward, setup_context=_save_no
 
 
 @_integrate.register_vmap
-def _(info, in_dims, x_0, cond, parameters, key, *options):
+def _(info: Any, in_dims: Any, x_0: Tensor, cond: Tensor, parameters: list[Tensor], key: str, *options: Any) -> Any:
     v = info.batch_size
     (x_0, cond), parameters, key = _fold_vmap(v, key, (x_0, cond), in_dims[:2], parameters, in_dims[2])
     return torch.ops.fastflow.integrate(x_0, cond, parameters, key, *options).unflatten(0, (v, -1)), 0
 
 
-def _vjp(function, grad, *inputs):
+def _vjp(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> list[Tensor]:
     """Vector-Jacobian product by recomputation. An operator's body runs below autograd; torch.func brings its own."""
-    _, pull = torch.func.vjp(function, *inputs)
+    pull = torch.func.vjp(function, *inputs)[1]
     return _owned(pull(grad), grad, *inputs)
 
 
 def _owned(outputs: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
-    """Contiguous outputs that share memory neither with the inputs nor with one another, as operators must return them."""
+    """Contiguous outputs that share no memory with the inputs or one another, as operators must return them."""
     seen = {x.untyped_storage().data_ptr() for x in inputs}
     owned = []
     for x in outputs:
@@ -560,10 +613,21 @@ def _owned(outputs: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
 @torch.library.custom_op(
     "fastflow::matching_loss",
     mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor t, Tensor cond, Tensor[] parameters, str key, str precision, bool interpolate, bool fused,"
-    " bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor a, Tensor b, Tensor t, Tensor cond, Tensor[] parameters, str key, str precision, "
+    "bool interpolate, bool fused, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _matching_loss_op(a, b, t, cond, parameters, key, precision, interpolate, fused, save):
+def _matching_loss_op(
+    a: Tensor,
+    b: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    parameters: list[Tensor],
+    key: str,
+    precision: str,
+    interpolate: bool,
+    fused: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
     if fused and a.numel():
         from fastflow.kernels import matching as kernel
 
@@ -574,7 +638,18 @@ def _matching_loss_op(a, b, t, cond, parameters, key, precision, interpolate, fu
 
 
 @_matching_loss_op.register_fake
-def _(a, b, t, cond, parameters, key, precision, interpolate, fused, save):
+def _(
+    a: Tensor,
+    b: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    parameters: list[Tensor],
+    key: str,
+    precision: str,
+    interpolate: bool,
+    fused: bool,
+    save: bool,
+) -> Any:
     rows = a.new_empty(t.shape)
     if not (fused and save):
         return (rows, *(a.new_empty(0) for _ in range(4)))
@@ -587,22 +662,33 @@ def _(a, b, t, cond, parameters, key, precision, interpolate, fused, save):
 @torch.library.custom_op(
     "fastflow::matching_loss_bwd",
     mutates_args=(),
-    schema="(Tensor grad, Tensor a, Tensor b, Tensor t, Tensor cond, Tensor[] parameters, Tensor[] saved, str key, str precision,"
-    " bool interpolate, bool fused, bool needs_inputs) -> Tensor[]",
+    schema="(Tensor grad, Tensor a, Tensor b, Tensor t, Tensor cond, Tensor[] parameters, Tensor[] saved, str key, "
+    "str precision, bool interpolate, bool fused, bool needs_inputs) -> Tensor[]",
 )
 def _matching_loss_bwd(
-    grad, a, b, t, cond, parameters, saved, key, precision, interpolate, fused, needs_inputs
-):
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    parameters: list[Tensor],
+    saved: list[Tensor],
+    key: str,
+    precision: str,
+    interpolate: bool,
+    fused: bool,
+    needs_inputs: bool,
+) -> list[Tensor]:
     if fused and a.numel():
         from fastflow.kernels import matching as kernel
 
         spec, fields = _per_field(key, parameters)
         return _owned(kernel.matching_bwd(grad, cond, fields[0], saved, _kernel_options(spec, precision)), grad)
 
-    def rows(cond, *parameters):
+    def rows(cond: Tensor, *parameters: Tensor) -> Tensor:
         return _reference_rows(a, b, t, cond, parameters, key, precision, interpolate)
 
-    def rows_of_all(cond, *rest):
+    def rows_of_all(cond: Tensor, *rest: Tensor) -> Tensor:
         *parameters, a, b, t = rest
         return _reference_rows(a, b, t, cond, parameters, key, precision, interpolate)
 
@@ -612,20 +698,33 @@ def _matching_loss_bwd(
 
 
 @_matching_loss_bwd.register_fake
-def _(grad, a, b, t, cond, parameters, saved, key, precision, interpolate, fused, needs_inputs):
+def _(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    parameters: list[Tensor],
+    saved: list[Tensor],
+    key: str,
+    precision: str,
+    interpolate: bool,
+    fused: bool,
+    needs_inputs: bool,
+) -> Any:
     inputs = (a, b, t) if needs_inputs else ()
     return [p.new_empty(p.shape) for p in (cond, *parameters, *inputs)]
 
 
-def _matching_setup(ctx, inputs, output):
-    a, b, t, cond, parameters, key, precision, interpolate, fused, save = inputs
+def _matching_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    a, b, t, cond, parameters, key, precision, interpolate, fused, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(a, b, t, cond, *parameters, *output[1:])
     ctx.options = (key, precision, interpolate, fused)
     ctx.count = len(parameters)
 
 
-def _matching_backward(ctx, grad, *unused):
+def _matching_backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None, None, None, None, [None] * ctx.count, None, None, None, None, None)
     a, b, t, cond, *rest = ctx.saved_tensors
@@ -641,7 +740,17 @@ _matching_loss_bwd.register_autograd(_refuse_double_backward, setup_context=_sav
 
 
 @_matching_loss_op.register_vmap
-def _(info, in_dims, a, b, t, cond, parameters, key, *options):
+def _(
+    info: Any,
+    in_dims: Any,
+    a: Tensor,
+    b: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    parameters: list[Tensor],
+    key: str,
+    *options: Any,
+) -> Any:
     v = info.batch_size
     (a, b, t, cond), parameters, key = _fold_vmap(v, key, (a, b, t, cond), in_dims[:4], parameters, in_dims[4])
     rows, *saved = torch.ops.fastflow.matching_loss(a, b, t, cond, parameters, key, *options)

@@ -1,6 +1,8 @@
-"""The mathematics in plain PyTorch, any floating dtype: the oracle of every kernel and the readable statement of the method.
+"""The mathematics in plain PyTorch, any floating dtype: the oracle of every kernel and the readable statement of the
+method.
 
-Time runs from 0 (noise, x_0) to 1 (data, x_1). Letters: B batch, E ensemble, S noise samples, C cond, D flow state, H hidden.
+Time runs from 0 (noise, x_0) to 1 (data, x_1). Letters: B batch, E ensemble, S noise samples, C cond, D flow state, H
+hidden.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hl_gauss(x: Tensor, low: float, high: float, bins: int, sigma: float) -> Tensor:
-    """Masses of N(x, (sigma w)^2) in the `bins - 1` intervals of width w between `bins` even edges of [low, high], normalised.
+    """Masses of N(x, (sigma w)^2) in the `bins - 1` intervals of width w between `bins` even edges of [low, high],
+    normalised.
 
-    [..., 1] -> [..., bins - 1], each row summing to 1, in x's dtype. x is clamped to three standard deviations outside the range.
+    [..., 1] -> [..., bins - 1], each row summing to 1, in x's dtype. x is clamped to three standard deviations
+    outside the range.
     """
     width = (high - low) / (bins - 1)
     std = sigma * width
@@ -53,7 +57,8 @@ def cosine_fourier(t: Tensor, dim: int) -> Tensor:
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor, precision: str | None = None) -> Tensor:
-    """x @ weight + bias, for one network ([..., in], [in, out], [out]) or for E side by side ([E, ..., in], [E, in, out], [E, out]).
+    """x @ weight + bias, for one network ([..., in], [in, out], [out]) or for E side by side ([E, ..., in], [E, in,
+    out], [E, out]).
 
     With `precision="bf16"` the operands of the product are rounded to bfloat16 and the result is returned in x's dtype.
     """
@@ -161,7 +166,8 @@ def euler(
     precision: str | None = None,
     trajectory: bool = False,
 ) -> Tensor:
-    """x_{k+1} = x_k + (t_1 / K) v(x_k, t_1 k / K, cond) for k = 0..K-1 (left end points, floq eq. for the integrated value).
+    """x_{k+1} = x_k + (t_1 / K) v(x_k, t_1 k / K, cond) for k = 0..K-1 (left end points, floq eq. for the integrated
+    value).
 
     Shapes as in `velocity`, x_0 with its E axis if there is an ensemble. Returns x_K, or [K + 1, ...] with every x_k.
     """

@@ -1,4 +1,5 @@
-"""Ahead-of-time compilation of every kernel for every arch of the plan, without a GPU: registers, stack, shared memory, opcodes.
+"""Ahead-of-time compilation of every kernel for every arch of the plan, without a GPU: registers, stack, shared
+memory, opcodes.
 
     python -m fastflow.kernels.aot [--arch 90] [--kernel integrate_fwd] [--case floq] [--json]
 
@@ -63,14 +64,17 @@ class Resources:
     @property
     def tensor_cores(self) -> int:
         """Matrix instructions in the binary, of any generation."""
-        return sum(n for name, n in self.opcodes.items() if name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA"))
+        return sum(
+            n for name, n in self.opcodes.items() if name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA")
+        )
 
     def row(self) -> str:
         """One line of the table."""
         t = self.tiles
         ops = " ".join(f"{name}:{n}" for name, n in self.opcodes.items())
         return (
-            f"{self.kernel:14s} {self.case:12s} sm_{self.arch:<4d} {t.rows:3d}x{t.columns:<3d} w{t.num_warps:<2d} s{t.num_stages} "
+            f"{self.kernel:14s} {self.case:12s} sm_{self.arch:<4d} "
+            f"{t.rows:3d}x{t.columns:<3d} w{t.num_warps:<2d} s{t.num_stages} "
             f"regs {self.registers:3d} stack {self.stack:5d} shared {self.shared:6d} {ops} ({self.seconds:.1f} s)"
         )
 
@@ -149,7 +153,18 @@ def arguments(kernel: str, net: plan.Network, tiles: plan.Tiles) -> tuple[object
         "matching_bwd": matching_bwd_kernel,
     }[kernel]
     packed = "*bf16" if net.precision == "bf16" else "*fp32"
-    stored = {"w_cond_ptr", "w_feat_ptr", "w_hidden_ptr", "c_ptr", "y_ptr", "feat_ptr", "pre_ptr", "h_ptr", "xhat_ptr", "dpre_ptr"}
+    stored = {
+        "w_cond_ptr",
+        "w_feat_ptr",
+        "w_hidden_ptr",
+        "c_ptr",
+        "y_ptr",
+        "feat_ptr",
+        "pre_ptr",
+        "h_ptr",
+        "xhat_ptr",
+        "dpre_ptr",
+    }
     integers = {"M", "MP", "samples", "num_steps", "cond_stride_e"}
     types = {}
     for name in function.arg_names:

@@ -1,4 +1,5 @@
-"""Packing weights for the kernels: LayerNorm folded into the Dense layer behind it, padded, cast; and the way back for gradients."""
+"""Packing weights for the kernels: LayerNorm folded into the Dense layer behind it, padded, cast; and the way back
+for gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def fold_kernel(
     BI: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """W'' = diag(scale) W minus its column means (W itself without NORM) as [E, IN_P, OUT_P], b' = b + shift W as [E, OUT_P]."""
+    """W'' = diag(scale) W minus its column means (W itself without NORM) as [E, IN_P, OUT_P], b' = b + shift W as [E,
+    OUT_P]."""
     i_n = tl.program_id(0)
     i_e = tl.program_id(1).to(tl.int64)
     o_n = i_n * BN + tl.arange(0, BN)
@@ -58,7 +60,9 @@ def fold_kernel(
     for i in tl.range(0, IN_P, BI):
         o_i = i + tl.arange(0, BI)
         m = (o_i < IN)[:, None] & m_n[None, :]
-        b_w = tl.load(w_ptr + i_e * stride_e + o_i[:, None] * stride_in + o_n[None, :], mask=m, other=0.0).to(tl.float32)
+        b_w = tl.load(w_ptr + i_e * stride_e + o_i[:, None] * stride_in + o_n[None, :], mask=m, other=0.0).to(
+            tl.float32
+        )
         if NORM:
             b_g = tl.load(scale_ptr + i_e * IN + o_i, mask=o_i < IN, other=0.0).to(tl.float32)
             b_w = tl.where(m, b_g[:, None] * b_w - b_mean[None, :], 0.0)
@@ -137,7 +141,8 @@ def members(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def pack(fields: list[list[Tensor]], net: plan.Network, time: bool) -> Packed:
-    """Pack several fields of one network, their members one behind the other. `time` keeps the time rows beside the state rows."""
+    """Pack several fields of one network, their members one behind the other. `time` keeps the time rows beside the
+    state rows."""
     fields = [members(ps) for ps in fields]
     first = fields[0][0]
     e = sum(ps[0].shape[0] for ps in fields)

@@ -58,7 +58,8 @@ def integrate_fwd_kernel(
 ):
     """x <- x + dt v(x, t_k, cond) for k = 0..K-1. One program owns BM rows of one member for the whole walk.
 
-    cond's share of the first layer is computed once, time's share comes from a table; a step multiplies only the state's
+    cond's share of the first layer is computed once, time's share comes from a table; a step multiplies only the
+    state's
     features. Activations pass from layer to layer through a workspace that stays in L2.
     """
     i_b = tl.program_id(0)
@@ -111,7 +112,7 @@ def integrate_fwd_kernel(
         for l in tl.range(0, L - 1, num_stages=1):
             tl.debug_barrier()
             b_a = tl.load(p_y + (l % 2) * y_size + o_h[None, :])
-            mu, r = row_scale(s1, s2, H, eps)
+            _, r = row_scale(s1, s2, H, eps)
             s1 = tl.zeros([BM], tl.float32)
             s2 = tl.zeros([BM], tl.float32)
             p_w = w_hidden_ptr + (l * n_e + i_e) * HP * HP
@@ -128,7 +129,7 @@ def integrate_fwd_kernel(
         tl.debug_barrier()
         b_v = project_out(p_y + ((L - 1) % 2) * y_size, w_out_ptr, i_e, o_d, HP, DP, BM, BN, PRECISION)
         if NORM:
-            mu, r = row_scale(s1, s2, H, eps)
+            _, r = row_scale(s1, s2, H, eps)
             b_v = b_v * r[:, None]
         b_x += dt * (b_v + tl.load(b_out_ptr + i_e * DP + o_d)[None, :])
     tl.store(out_ptr + p_x, b_x.to(out_ptr.dtype.element_ty), mask=m_x)
@@ -137,11 +138,13 @@ def integrate_fwd_kernel(
 def integrate(
     x_0: Tensor, cond: Tensor, fields: list[list[Tensor]], times: Tensor, dt: float, net: plan.Network
 ) -> Tensor:
-    """Walk x_0 [E, B, S, D] under cond [1 or E, B, C] for one step per row of `times` [K, T], the features of each step's time.
+    """Walk x_0 [E, B, S, D] under cond [1 or E, B, C] for one step per row of `times` [K, T], the features of each
+    step's time.
 
-    `fields` holds each field's parameters (weights and biases, then LayerNorm's), E the sum of their members. Returns [E, B, S, D].
+    `fields` holds each field's parameters (weights and biases, then LayerNorm's), E the sum of their members. Returns
+    [E, B, S, D].
     """
-    e, b, s, d = x_0.shape
+    e, b, s, _ = x_0.shape
     m = b * s
     x_0, cond = x_0.contiguous(), cond.contiguous()
     packed = pack(fields, net, time=False)
@@ -210,7 +213,8 @@ def constants(net: plan.Network, time: bool) -> dict[str, int | str | bool]:
 def _time_table(fields: list[list[Tensor]], bias: Tensor, times: Tensor, net: plan.Network) -> Tensor:
     """times [K, T] through the first layer's time rows, plus its bias: [E, K, HP] float32.
 
-    An elementwise product and a sum, K T H numbers: not a matrix product, whose precision would follow torch's global settings.
+    An elementwise product and a sum, K T H numbers: not a matrix product, whose precision would follow torch's global
+    settings.
     """
     first = net.cond_dim + net.state_features
     rows = torch.cat([ps[0].unsqueeze(0) if ps[0].dim() == 2 else ps[0] for ps in fields])[:, first:]  # [E, T, H]

@@ -1,4 +1,5 @@
-"""The flow-matching loss of a velocity field, forward and backward, one launch each plus the weight gradients' matrix products."""
+"""The flow-matching loss of a velocity field, forward and backward, one launch each plus the weight gradients' matrix
+products."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def matching_fwd_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """rows = mean over D of (v(x_t, t, cond) - target)^2 with x_t = (1 - t) x_0 + t x_1 and target = x_1 - x_0 built here."""
+    """rows = mean over D of (v(x_t, t, cond) - target)^2 with x_t = (1 - t) x_0 + t x_1 and target = x_1 - x_0 built
+    here."""
     i_b = tl.program_id(0)
     i_e = tl.program_id(1).to(tl.int64)
     n_e = tl.num_programs(1).to(tl.int64)
@@ -185,7 +187,8 @@ def matching_bwd_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Walks the layers back. Per layer, with h = dpre_next W''^T (centred, because W'' is) and xhat the normalised activations:
+    """Walks the layers back. Per layer, with h = dpre_next W''^T (centred, because W'' is) and xhat the normalised
+    activations:
 
         dy = r (h - xhat mean(h o xhat)),    dpre = dy act'(pre)
 
@@ -269,7 +272,8 @@ def store_h(b_h, h_ptr, pre_ptr, offsets, mu, r, ACT: tl.constexpr, NORM: tl.con
 
 
 def saved_tensors(a: Tensor, net: plan.Network) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty tensors that the forward kernel leaves for the backward one: error, features, pre-activations, statistics."""
+    """Empty tensors that the forward kernel leaves for the backward one: error, features, pre-activations,
+    statistics."""
     e, b, s, d = a.shape
     mp = (b * s + plan.ROW_PAD - 1) // plan.ROW_PAD * plan.ROW_PAD
     dtype = product_dtype(net)
@@ -356,7 +360,7 @@ def matching_bwd(
     error, features, pre, stats = saved
     e, batch, s = grad.shape
     m, mp = batch * s, features.shape[1]
-    hp, h, layers = net.width_padded, net.width, net.layers
+    hp = net.width_padded
     packed = pack([parameters], net, time=True)
     workspace = torch.empty(e, mp, hp, device=grad.device, dtype=pre.dtype)
     dv = torch.empty(e, mp, net.state_padded, device=grad.device, dtype=torch.float32)

@@ -1,4 +1,5 @@
-"""What the kernels cover and which tiles they use: plain tables, no tuning at run time, no triton needed to read them."""
+"""What the kernels cover and which tiles they use: plain tables, no tuning at run time, no triton needed to read
+them."""
 
 from __future__ import annotations
 
@@ -84,17 +85,17 @@ class Tiles:
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
-
 def _tiles(*entries: tuple[int, int, int, int]) -> tuple[Tiles, ...]:
     return tuple(Tiles(*entry) for entry in entries)
 
 
-# arch -> (bytes per element of the products, padded width at most) -> (rows, columns, warps, stages), most rows first. Chosen by
+# arch -> (bytes per element of the products, padded width at most) -> (rows, columns, warps, stages), most rows
+# first. Chosen by
 # ahead-of-time compilation with triton 3.6.0 and 3.9.0: the largest tiles that neither spill nor exceed shared memory.
 _LARGE = {
     (2, 64): _tiles((64, 64, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
     (2, 256): _tiles((64, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
-    (2, 512): _tiles((64, 64, 8, 2), (32, 64, 4, 2), (16, 64, 4, 2)),
+    (2, 512): _tiles((64, 64, 8, 2), (32, 32, 4, 2), (16, 64, 4, 2)),
     (2, 1024): _tiles((32, 32, 8, 2), (16, 32, 4, 2)),
     (4, 64): _tiles((32, 32, 4, 2), (16, 32, 4, 2)),
     (4, 256): _tiles((32, 32, 4, 2), (16, 32, 4, 2)),
@@ -104,7 +105,7 @@ _LARGE = {
 _SMALL = {
     (2, 64): _tiles((64, 64, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
     (2, 256): _tiles((32, 32, 4, 2), (16, 32, 4, 2)),
-    (2, 512): _tiles((32, 32, 8, 2), (16, 32, 4, 2)),
+    (2, 512): _tiles((32, 32, 8, 2), (16, 32, 8, 2)),
     (2, 1024): _tiles((16, 16, 4, 2)),
     (4, 64): _tiles((32, 32, 4, 2), (16, 32, 4, 2)),
     (4, 256): _tiles((32, 32, 4, 2), (16, 32, 4, 2)),
@@ -130,7 +131,8 @@ def candidates(kernel: str, arch: int, precision: str, width: int) -> tuple[Tile
 
 
 def choose(kernel: str, arch: int, sms: int, precision: str, width: int, rows: int) -> Tiles:
-    """The tiles for `rows` rows in all on a device of `sms` multiprocessors: the most rows per program that still fill it."""
+    """The tiles for `rows` rows in all on a device of `sms` multiprocessors: the most rows per program that still
+    fill it."""
     entries = candidates(kernel, arch, precision, width)
     for tiles in entries:
         if rows >= tiles.rows * sms:

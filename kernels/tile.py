@@ -1,4 +1,5 @@
-"""Device functions that every kernel shares: activations and their derivatives, state and time embeddings, row statistics."""
+"""Device functions that every kernel shares: activations and their derivatives, state and time embeddings, row
+statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ import triton.language as tl
 def sigmoid(x, FAST: tl.constexpr):
     """1 / (1 + exp(-x)); FAST uses the hardware tanh (relative error 5e-4, below bfloat16 rounding)."""
     if FAST:
-        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1)
+        t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
+        )
         return 0.5 + 0.5 * t
     else:
         return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
@@ -47,7 +50,8 @@ def activate_grad(x, ACT: tl.constexpr, FAST: tl.constexpr):
 def embed_state(b_x, o_f, low, high, std, EMBED: tl.constexpr, F: tl.constexpr):
     """State features [BM, FP] of b_x [BM, 1] or [BM, FP]; columns from F on are zero.
 
-    hl_gauss is evaluated from two erfs per interval in float32; x is clamped to three standard deviations outside the range.
+    hl_gauss is evaluated from two erfs per interval in float32; x is clamped to three standard deviations outside the
+    range.
     """
     m_f = o_f[None, :] < F
     if EMBED == "hl_gauss":
@@ -67,7 +71,8 @@ def embed_state(b_x, o_f, low, high, std, EMBED: tl.constexpr, F: tl.constexpr):
 def cosine(turns):
     """cos(2 pi turns), absolute error below 2e-7 for |turns| <= 1.
 
-    sin(pi/2 - 2 pi |r|) for the remainder r in half a turn, by its series to the 13th power. Triton's own cos keeps a table for huge
+    sin(pi/2 - 2 pi |r|) for the remainder r in half a turn, by its series to the 13th power. Triton's own cos keeps a
+    table for huge
     arguments on the stack, which would show as a spill in every kernel.
     """
     r = turns - tl.floor(turns + 0.5)
@@ -96,7 +101,17 @@ def embed_time(b_t, o_f, EMBED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.con
 
 
 @triton.jit
-def project_out(p_y, w_out_ptr, i_e, o_d, HP: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+def project_out(
+    p_y,
+    w_out_ptr,
+    i_e,
+    o_d,
+    HP: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The head: activations y [BM, HP] at p_y times w_out [HP, DP] of member i_e, as [BM, DP] float32."""
     DTYPE: tl.constexpr = p_y.dtype.element_ty
     if DP == 1:

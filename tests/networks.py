@@ -1,4 +1,5 @@
-"""Velocity networks that the operator and kernel tests share: every option of a field at least once, small enough to interpret."""
+"""Velocity networks that the operator and kernel tests share: every option of a field at least once, small enough to
+interpret."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ SPECS = {
         1, 5, (24, 24, 24), 2, norm="layer", state_embedding=ff.HLGauss(-21.0, 1.0), time_embedding=ff.Cosine()
     ),
     "floq-as-written": ff.FieldSpec(
-        1, 70, (16, 16), 2, norm="layer", state_embedding=ff.HLGauss(-2.0, 2.0, 9, 2.0), time_embedding=ff.CosineFourier(7)
+        1,
+        70,
+        (16, 16),
+        2,
+        norm="layer",
+        state_embedding=ff.HLGauss(-2.0, 2.0, 9, 2.0),
+        time_embedding=ff.CosineFourier(7),
     ),
     "scaled-scalar": ff.FieldSpec(1, 3, (32,), 2, "relu", "layer", ff.Scaled(-3.0, 4.0), ff.Cosine()),
     "scaled-vector": ff.FieldSpec(3, 4, (16, 16), None, "silu", "layer", ff.Scaled(-3.0, 4.0), ff.RawTime()),

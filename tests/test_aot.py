@@ -1,6 +1,8 @@
-"""Every kernel compiles for every arch, fits its shared memory and does not spill where the plan says so: no GPU needed.
+"""Every kernel compiles for every arch, fits its shared memory and does not spill where the plan says so: no GPU
+needed.
 
-Compiled by the oldest and the newest supported triton, which `make test` puts beside the environment, else by the one installed.
+Compiled by the oldest and the newest supported triton, which `make test` puts beside the environment, else by the one
+installed.
 """
 
 from __future__ import annotations

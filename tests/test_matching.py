@@ -89,7 +89,9 @@ def test_only_some_inputs_need_a_gradient(device):
     for p in field.parameters():
         p.requires_grad_(False)
     field.layers[1].weight.requires_grad_(True)
-    loss = ff.flow_matching_loss(field, inputs["x_0"], inputs["x_1"], inputs["t"], inputs["cond"], backend="fused", precision="fp32")
+    loss = ff.flow_matching_loss(
+        field, inputs["x_0"], inputs["x_1"], inputs["t"], inputs["cond"], backend="fused", precision="fp32"
+    )
     loss.backward()
     expected = torch.autograd.grad(
         ff.flow_matching_loss(field, inputs["x_0"], inputs["x_1"], inputs["t"], inputs["cond"], backend="reference"),

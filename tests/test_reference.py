@@ -51,9 +51,7 @@ def test_euler_converges_with_order_one_to_the_matrix_exponential():
     x = torch.randn(5, 3, dtype=D)
     field, exact = linear_field(matrix), x @ torch.linalg.matrix_exp(matrix)
     steps = np.array([64, 128, 256, 512])
-    errors = [
-        (ff.integrate(field, x, num_steps=int(k), backend="reference") - exact).norm().item() for k in steps
-    ]
+    errors = [(ff.integrate(field, x, num_steps=int(k), backend="reference") - exact).norm().item() for k in steps]
     slope = np.polyfit(np.log2(1.0 / steps), np.log2(errors), 1)[0]
     assert slope == pytest.approx(1.0, abs=0.05)
 
@@ -165,7 +163,12 @@ def test_velocity_is_the_network_written_out_in_numpy(activation, norm):
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_loss_is_the_weighted_mean_of_squared_velocity_errors(reduction):
     field = linear_field(torch.eye(2, dtype=D) * 2)  # v = 2 x
-    x_0, x_1, t, w = torch.randn(5, 2, dtype=D), torch.randn(5, 2, dtype=D), torch.rand(5, dtype=D), torch.rand(5, dtype=D)
+    x_0, x_1, t, w = (
+        torch.randn(5, 2, dtype=D),
+        torch.randn(5, 2, dtype=D),
+        torch.rand(5, dtype=D),
+        torch.rand(5, dtype=D),
+    )
     got = ff.flow_matching_loss(field, x_0, x_1, t, weight=w, reduction=reduction, backend="reference")
     x_t = (1 - t[:, None]) * x_0 + t[:, None] * x_1
     rows = w * (2 * x_t - (x_1 - x_0)).square().mean(1)
