@@ -528,16 +528,18 @@ def tiles_forced(kernel: str, tiles: Any) -> Iterator[None]:
     """The plan chooses `tiles` for one kernel."""
     from fastflow.kernels import plan
 
-    chosen = plan.choose
+    chosen, padding = plan.choose, plan.ROW_PAD
 
     def choose(name: str, *arguments: Any, **keywords: Any) -> Any:
         return tiles if name == kernel else chosen(name, *arguments, **keywords)
 
     plan.choose = choose
+    # Workspaces are padded to a multiple of every row tile; the plan's own may be smaller than one tried here.
+    plan.ROW_PAD = max(padding, tiles.rows)
     try:
         yield
     finally:
-        plan.choose = chosen
+        plan.choose, plan.ROW_PAD = chosen, padding
 
 
 def warm_tiles(job: tuple[str, str, str, Any, bool]) -> str:
@@ -565,11 +567,11 @@ def sweep(run: Run) -> None:
             for tiles in sweep_tiles(kernel, precision, CASES[case_name].spec.hidden[0]):
                 jobs.append((case_name, precision, kernel, tiles, run.arguments.small))
     if run.arguments.only:
-        jobs = [job for job in jobs if re.search(run.arguments.only, f"{job[2]} {job[1]}")]
+        jobs = [job for job in jobs if re.search(run.arguments.only, f"{job[2]} {job[1]} {_shape(job[3])}")]
     compiled = _compile_ahead(run, jobs) if run.device.type == "cuda" else {}
     for i, job in enumerate(jobs):
         case_name, precision, kernel, tiles, _ = job
-        row = {"kernel": kernel, "case": case_name, "precision": precision, **_as_dict(tiles)}
+        row = {"kernel": kernel, "case": case_name, "precision": precision, "tiles": _shape(tiles)}
         problem_with = compiled.get(i)
         if run.dead or run.left() < 10:
             row["error"] = run.dead or "no time left"
@@ -582,14 +584,13 @@ def sweep(run: Run) -> None:
     for precision, kernel in itertools.product(run.precisions, SWEPT):
         best = [row for row in ranked if row["kernel"] == kernel and row["precision"] == precision]
         for row in best[:6]:
-            tiles = tuple(row[key] for key in ("rows", "columns", "num_warps", "num_stages"))
             mark = "" if row["accurate"] else "  WRONG"
-            print(f"          {kernel:14} {precision} {tiles!s:20} {row['median_us']:9.1f} us{mark}", flush=True)
+            print(f"          {kernel:14} {precision} {row['tiles']:24} {row['median_us']:9.1f} us{mark}", flush=True)
     print(f"          {len(ranked)} of {len(jobs)} measured", flush=True)
 
 
-def _as_dict(tiles: Any) -> dict[str, int]:
-    return {key: getattr(tiles, key) for key in ("rows", "columns", "num_warps", "num_stages")}
+def _shape(tiles: Any) -> str:
+    return f"{tiles.rows}x{tiles.columns} {tiles.num_warps} warps {tiles.num_stages} stages"
 
 
 def _compile_ahead(run: Run, jobs: list[Any]) -> dict[int, str]:
@@ -634,7 +635,7 @@ def _time_tiles(run: Run, job: Any, row: dict[str, Any]) -> None:
         row.update(timing.as_json(), accurate=verdict.within(FUSED_TIMES), errors=verdict.errors)
 
     with global_precision(precision), tiles_forced(kernel, tiles):
-        if not run.attempt(f"sweep {kernel} {precision} {_as_dict(tiles)}", work, seconds=30):
+        if not run.attempt(f"sweep {kernel} {precision} {_shape(tiles)}", work, seconds=30):
             row["error"] = "see failures"
 
 
@@ -696,7 +697,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.5, help="time for everything (default %(default)s)")
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results"), help="folder of the results file")
     parser.add_argument("--sweep", action="store_true", help="time kernels over tile sizes in place of everything else")
-    parser.add_argument("--only", help="with --sweep: only kernels and precisions that match this regular expression")
+    parser.add_argument("--only", help='with --sweep: only what matches this, such as "bwd bf16 64x"')
     parser.add_argument("--tests", nargs="*", default=list(KERNEL_TESTS), help="test files to run; none for no tests")
     parser.add_argument("--small", action="store_true", help="tiny sizes, for trying the program")
     parser.add_argument("--allow-cpu", action="store_true", help="run without CUDA, for trying the program")

@@ -26,7 +26,7 @@ def facts(device: torch.device) -> dict[str, Any]:
             "executable": sys.executable,
             "system": platform.platform(),
             "cuda": torch.version.cuda,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             **{name: _version(name) for name in ("fastflow", "triton", "numpy", "jax")},
         },
         "repository": repository(),

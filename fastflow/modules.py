@@ -131,7 +131,7 @@ class FlowCritic(nn.Module):
         u = self._draws(noise, lead, cond, generator)
         z = ops.integrate(
             self.field,
-            self.start(u).unsqueeze(-1),
+            self._starts(u),
             cond,
             num_steps=num_steps or self.num_steps,
             backend=self.backend,
@@ -179,7 +179,7 @@ class FlowCritic(nn.Module):
             weight = weight.reshape(-1) if weight.shape == lead else weight.reshape(-1, samples)
         rows = ops.flow_matching_loss(
             self.field,
-            self.start(u).unsqueeze(-1),
+            self._starts(u),
             target.reshape(-1, 1),
             t.reshape(-1, samples),
             cond,
@@ -189,6 +189,12 @@ class FlowCritic(nn.Module):
             precision=self.precision,
         )
         return rows if reduction != "none" else rows.reshape(*rows.shape[:-2], *lead, samples)
+
+    def _starts(self, u: Tensor) -> Tensor:
+        """The walks' starts [B, S, 1], or [E, B, S, 1]: with its E axis the operators cannot take S for B."""
+        z_0 = self.start(u).unsqueeze(-1)
+        members = self.field.spec.ensemble
+        return z_0 if members is None else z_0.expand(members, *z_0.shape)
 
     def _draws(self, noise: Tensor | None, lead: torch.Size, cond: Tensor, generator: torch.Generator | None) -> Tensor:
         """Uniform draws as [B, S]."""

@@ -7,6 +7,7 @@ installed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -29,8 +30,6 @@ pytestmark = [
 ROOT = pathlib.Path(__file__).parents[1]
 TRITONS = sorted(str(p.parent) for p in (ROOT / ".triton").glob("*/.complete")) or [None]
 IDS = [pathlib.Path(t).name if t else "installed" for t in TRITONS]
-# float32 products ("fp32") have no tensor cores and run from registers: exactness is their purpose, spilling allowed.
-SPILLS = {"fp32": 512}
 
 
 @functools.cache
@@ -55,7 +54,10 @@ def check(rows: list[dict], triton: str | None, count: int) -> None:
         precision = aot.CASES[row["case"]].precision
         where = f"{row['kernel']} {row['case']} sm_{row['arch']} {row['tiles']}"
         assert row["shared"] <= plan.SHARED_MEMORY[row["arch"]], f"{where}: shared memory"
-        assert row["stack"] <= SPILLS.get(precision, 0), f"{where}: {row['stack']} bytes of spills"
+        first = row["tiles"] == dataclasses.asdict(aot.entries(row["kernel"], row["case"], row["arch"])[0])
+        largest = row["case"] == "floq" and first and row["arch"] < 100
+        allowed = 0 if largest else plan.SPILL_BYTES[precision]
+        assert row["stack"] <= allowed, f"{where}: {row['stack']} bytes of stack, allowed {allowed}"
         if precision != "fp32":
             assert any(op in row["opcodes"] for op in ("HMMA", "HGMMA", "UTCHMMA")), f"{where}: no tensor cores"
 
@@ -71,7 +73,7 @@ def test_published_network_on_every_arch(kernel, arch, triton):
 @pytest.mark.parametrize("kernel", aot.KERNELS)
 @pytest.mark.parametrize("arch", [86, 90], ids=lambda a: f"sm_{a}")
 def test_other_widths_and_precisions(kernel, arch, triton):
-    cases = tuple(c for c in aot.CASES if c != "floq")
+    cases = ("floq-tf32", "floq-fp32", "floq-1024", "floq-64", "actor")
     check(compiled(triton, kernel, arch, cases), triton, sum(len(aot.entries(kernel, c, arch)) for c in cases))
 
 

@@ -256,6 +256,17 @@ def test_losses_and_gradients(name, backend):
         )
 
 
+def test_as_many_rows_as_members_and_samples():
+    """Nothing but their place tells the axes apart."""
+    agent = make_agent(torch.float64, noise_samples=2)
+    batch = random_batch(torch.float64, rows=2)
+    noise = agent.sample_noise(batch)
+    critic_loss, actor_loss, _ = agent.losses(batch, noise)
+    p, given = arrays(agent), as_numpy(dataclasses.asdict(noise))
+    expected = floq_losses(p, p, agent.config, -2.0, 0.0, as_numpy(batch), given)
+    np.testing.assert_allclose([critic_loss.item(), actor_loss.item()], expected[:2], rtol=1e-10)
+
+
 def test_each_network_gets_its_gradient_from_one_loss():
     agent = make_agent(noise_samples=2)
     batch = random_batch()

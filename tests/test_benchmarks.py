@@ -1,0 +1,393 @@
+"""The benchmarks themselves: counted work, rivals that compute the same, the clock, the GPU command from end to end."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+# benchmarks/ is not installed; `pytest` without `python -m` does not look for it here.
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import gpu, machine, measure  # noqa: E402
+from benchmarks.cases import CASES, UPDATES, worst  # noqa: E402
+from benchmarks.rivals import RIVALS, Skipped, Variant, check, eager, global_precision  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run_command(plain_environment):
+    """`python -m` with these arguments, without a GPU."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-m", *arguments],
+            cwd=ROOT,
+            env={**plain_environment, "CUDA_VISIBLE_DEVICES": "", **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """A run of the GPU command on the CPU, in this process."""
+    arguments = gpu.parse(["--allow-cpu", "--small", "--minutes", "5", "--output", str(tmp_path)])
+    return gpu.Run(arguments, CPU)
+
+
+# Cases --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["walk-2x2048", "loss-2x2048", "actor-walk-256", "actor-loss-256"])
+def test_flops_are_those_of_plain_pytorch_where_nothing_repeats(name):
+    # With one row and one step, plain PyTorch computes nothing twice.
+    case = dataclasses.replace(CASES[name].shrunk(), batch=1, samples=None, num_steps=1)
+    with FlopCounterMode(display=False) as counter:
+        case.build(CPU).results("reference", "fp32")
+    assert counter.get_total_flops() == case.flops
+
+
+def test_flops_leave_out_what_repeats():
+    one, two = (dataclasses.replace(CASES["walk-2x2048"], num_steps=k).flops for k in (1, 2))
+    per_row_and_step = 50 * 512 + 3 * 512 * 512 + 512
+    assert two - one == 2 * 2 * (2048 * per_row_and_step + 512)  # and the time features once per step
+    # 2 x 2048 rows through three hidden layers for eight steps, and a few per cent around them.
+    assert 1.0 < CASES["walk-2x2048"].flops / 51.5e9 < 1.05
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_update_flops_are_below_those_of_plain_pytorch(name):
+    # Batches as published, because what is hoisted is per row; narrow networks, because counting computes.
+    case = UPDATES[name]
+    narrow = {"block_width": 32, "value_hidden_dims": (32,) * 4, "actor_hidden_dims": (32,) * 4, "batch_size": 16}
+    case = dataclasses.replace(case, options={**case.options, **narrow})
+    agent = case.agent(CPU, "reference")
+    with FlopCounterMode(display=False) as counter:
+        agent.update(case.batches(CPU, 1)[0])
+    # At this width the first layers, which plain PyTorch repeats for every step, are a large part.
+    assert 0.4 * counter.get_total_flops() < case.flops < counter.get_total_flops()
+
+
+def test_bytes_count_each_tensor_once():
+    problem = CASES["loss-2x2048"].build(CPU)
+    tensors = [*problem.inputs.values(), *problem.field.parameters(), *problem.field.parameters()]
+    assert problem.case.bytes == sum(t.nbytes for t in tensors)
+    walk = CASES["walk-2x256"].build(CPU)
+    tensors = [*walk.inputs.values(), *walk.field.parameters(), *walk.results("reference", "fp32").values()]
+    assert walk.case.bytes == sum(t.nbytes for t in tensors)
+
+
+def test_a_case_has_the_same_numbers_every_time():
+    a, b = (CASES["demo-loss"].build(CPU) for _ in range(2))
+    assert all(torch.equal(a.inputs[name], b.inputs[name]) for name in b.inputs)
+    assert all(torch.equal(p, q) for p, q in zip(a.field.parameters(), b.field.parameters()))
+
+
+# Rivals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["walk-2x2048", "loss-2x2048", "one-row", "actor-loss-256"])
+@pytest.mark.parametrize("rival", [name for name in RIVALS if not name.startswith("compile")])
+def test_rivals_compute_the_same(rival, name, precision):
+    problem = CASES[name].shrunk().build(CPU)
+    with global_precision(precision):
+        try:
+            verdict = check(problem, RIVALS[rival](problem, precision), precision)
+        except Skipped as reason:
+            pytest.skip(str(reason))
+    assert verdict.within(2.0), verdict
+    assert worst(verdict.errors) < (1e-6 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one-row", "demo-loss"])
+def test_compiled_rival_computes_the_same(name):
+    problem = CASES[name].shrunk().build(CPU)
+    try:
+        verdict = check(problem, RIVALS["compile"](problem, "fp32"), "fp32")
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    finally:
+        torch.compiler.reset()
+    assert verdict.within(2.0), verdict
+
+
+def test_rivals_that_need_cuda_say_so():
+    problem = CASES["one-row"].shrunk().build(CPU)
+    for rival in ("compile reduce-overhead", "compile max-autotune"):
+        with pytest.raises(Skipped, match="for CUDA"):
+            RIVALS[rival](problem, "fp32")
+
+
+def test_errors_see_wrong_and_missing_results():
+    problem = CASES["demo-loss"].shrunk().build(CPU)
+    exact = problem.exact()
+    assert worst(problem.errors(exact)) == 0.0
+    name = next(key for key in exact if key != "loss")
+    assert worst(problem.errors(exact | {name: exact[name] * 1.5})) > 1e-3
+    assert worst(problem.errors(exact | {name: exact[name] * math.nan})) == math.inf
+    with pytest.raises(ValueError, match="named and shaped"):
+        problem.errors({key: value for key, value in exact.items() if key != name})
+
+
+# The clock ----------------------------------------------------------------------------------------------------------
+
+
+def test_entries_are_measured_in_turn():
+    order = []
+    entries = [
+        measure.Entry(name, lambda name=name: (order.append(name), time.sleep(0.002)), lambda result: None)
+        for name in ("a", "b", "c")
+    ]
+    timings = measure.Timer(CPU, batch_seconds=0.002).measure(entries, rounds=4)
+    assert {timing.rounds for timing in timings.values()} == {4}
+    runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    # Rounds abc, bca, cab, abc, equal neighbours as one; before them the calibration.
+    assert "".join(runs).endswith("abcbcacababc")
+    assert all(timing.p20 <= timing.median <= timing.p80 for timing in timings.values())
+    assert timings["a"].median >= 0.002
+
+
+def test_time_is_per_call_and_ratios_are_per_round():
+    timer = measure.Timer(CPU, batch_seconds=0.02)
+    short = measure.Entry("short", lambda: time.sleep(0.001), lambda result: None)
+    long = measure.Entry("long", lambda: time.sleep(0.004), lambda result: None)
+    timings = timer.measure([short, long], rounds=5)
+    assert timings["short"].calls_per_round > timings["long"].calls_per_round
+    assert 1.5 < measure.ratios(timings["long"], timings["short"])["median"] < 6
+    drifting = measure.summarize([1.0, 2.0, 4.0], 1), measure.summarize([2.0, 4.0, 8.0], 1)
+    assert measure.ratios(drifting[1], drifting[0]) == {"median": 2.0, "p20": 2.0, "p80": 2.0}
+
+
+def test_time_limit_interrupts_also_within_another():
+    began = time.monotonic()
+    with gpu.time_limit(30):
+        with pytest.raises(gpu.OutOfTime, match="not done within"), gpu.time_limit(0.2):
+            time.sleep(10)
+        with pytest.raises(gpu.OutOfTime), gpu.time_limit(0.2):
+            while True:
+                # What compilers do with exceptions of a candidate.
+                try:
+                    time.sleep(10)
+                except gpu.OutOfTime:
+                    raise
+    assert time.monotonic() - began < 5
+
+
+def test_sources_are_identified_without_git():
+    digest = machine.sources_digest()
+    assert re.fullmatch(r"[0-9a-f]{12}", digest)
+    assert machine.facts(CPU)["repository"]["sources"] == digest
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def test_without_cuda_it_says_so_and_fails(run_command, tmp_path):
+    done = run_command("benchmarks.gpu", "--output", str(tmp_path))
+    assert done.returncode == 1
+    assert "needs a CUDA GPU" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_runs_and_is_written_down(run_command, tmp_path):
+    options = ["--allow-cpu", "--small", "--minutes", "0.45", "--tests", "tests/test_fields.py"]
+    done = run_command("benchmarks.gpu", *options, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}-cpu-[0-9a-z-]+\.json", path.name)
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["format"] == gpu.FORMAT
+    assert report["complete"] and report["ok"] and report["small"]
+    assert report["failures"] == []
+    assert report["tests"]["status"] == "passed" and report["tests"]["passed"] > 0
+    assert report["software"]["torch"] == torch.__version__
+    assert set(report["hardware"]) >= {"device", "cpu", "cpu_cores"}
+    assert set(report["repository"]) == {"commit", "dirty", "sources"}
+    assert report["context"]["product_bf16_tflops"] > 0
+    statuses = {stage["name"]: stage["status"] for stage in report["stages"]}
+    assert statuses["first figures"] == statuses["kernel tests"] == statuses["updates"] == "done"
+    assert any("s left" in status for status in statuses.values()), "nothing was left out in half a minute?"
+    for name in gpu.MAIN_CASES:
+        case = report["cases"][name]
+        assert case["flops"] > 0 and case["bytes"] > 0 and case["floor_us"]["bf16"] > 0
+        assert {row["rival"] for row in case["results"]} >= {"fused", "eager"}
+        for row in case["results"]:
+            assert row["accurate"]
+            assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+            assert row["rounds"] >= 3 and row["calls_per_round"] >= 1
+            assert row["tflops"] == pytest.approx(case["flops"] / row["median_us"] * 1e-6)
+            assert all(math.isfinite(error) for error in row["errors"].values())
+            assert row["errors"].keys() == row["eager_errors"].keys()
+        fused = [row for row in case["results"] if row["rival"] == "fused"]
+        assert all(row["vs_fused"]["call"]["median"] == 1.0 for row in fused)
+    for row in report["updates"]["update-demo"]["results"]:
+        assert row["updates_per_second"] > 0
+        assert row["loss_difference"] < 0.02
+    assert "ok after" in done.stdout and str(path) in done.stdout
+    # The first table comes before the tests.
+    assert done.stdout.index("walk-2x2048: ") < done.stdout.index("kernel tests\n")
+
+
+def test_wrong_and_broken_rivals_are_recorded_and_not_timed(small_run, monkeypatch, capsys):
+    def wrong(problem, precision):
+        right = eager(problem, precision)
+        return Variant("wrong", right.call, lambda: {name: 1.1 * x for name, x in right.results().items()})
+
+    def broken(problem, precision):
+        raise RuntimeError("no such kernel")
+
+    def absent(problem, precision):
+        raise Skipped("not for this shape")
+
+    for function in (wrong, broken, absent):
+        monkeypatch.setitem(RIVALS, function.__name__, function)
+    gpu.measure_case(small_run, "one-row", "fp32", ["fused", "wrong", "broken", "absent", "eager"])
+    report = small_run.report
+    assert [row["rival"] for row in report["cases"]["one-row"]["results"]] == ["fused", "eager"]
+    assert [failure["where"] for failure in report["failures"]] == [
+        "one-row fp32 wrong: accuracy",
+        "one-row fp32 broken",
+    ]
+    assert "no such kernel" in report["failures"][1]["error"]
+    assert report["skipped"] == [{"where": "one-row fp32 absent", "reason": "not for this shape"}]
+    assert report["ok"], "a rival's failure is not fastflow's"
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_fails_the_run_and_is_timed_all_the_same(small_run, monkeypatch):
+    def fused(problem, precision):
+        right = eager(problem, precision)
+        return Variant("fused", right.call, lambda: {name: 1.1 * x for name, x in right.results().items()})
+
+    monkeypatch.setitem(RIVALS, "fused", fused)
+    gpu.measure_case(small_run, "one-row", "fp32", ["fused", "eager"])
+    assert not small_run.report["ok"]
+    first, second = small_run.report["cases"]["one-row"]["results"]
+    assert (first["rival"], first["accurate"], second["accurate"]) == ("fused", False, True)
+    assert "WRONG" in gpu.table(small_run)
+
+
+def test_a_failing_kernel_test_fails_the_run_with_its_name(small_run, tmp_path, capsys):
+    failing = tmp_path / "test_kernels.py"
+    failing.write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2, 'one is not two'\n")
+    small_run.arguments = argparse.Namespace(**{**vars(small_run.arguments), "tests": [str(failing)]})
+    small_run.stage("kernel tests", 0, lambda: gpu.run_tests(small_run, 100.0))
+    tests = json.loads(small_run.path.read_text(encoding="utf-8"))["tests"]
+    assert tests["status"] == "failed" and (tests["passed"], tests["failed_count"]) == (1, 1)
+    assert "test_bad" in tests["failed"][0]["name"] and "one is not two" in tests["failed"][0]["message"]
+    assert not small_run.report["ok"]
+    assert "test_bad" in capsys.readouterr().out
+
+
+def test_without_pytest_the_cases_are_the_check(small_run, monkeypatch):
+    found = gpu.importlib.util.find_spec
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "pytest" else found(name))
+    gpu.run_tests(small_run, 10.0)
+    assert small_run.report["tests"]["status"] == "pytest is not installed"
+    assert small_run.report["ok"]
+    assert [item["where"] for item in small_run.report["skipped"]] == ["kernel tests"]
+
+
+def test_tests_that_hang_are_ended(small_run, tmp_path):
+    hanging = tmp_path / "test_kernels.py"
+    hanging.write_text("import time\ndef test_hangs(): time.sleep(60)\n")
+    small_run.arguments = argparse.Namespace(**{**vars(small_run.arguments), "tests": [str(hanging)]})
+    gpu.run_tests(small_run, 4.0)
+    assert small_run.report["tests"]["status"] == "not done within 4 s"
+    assert not small_run.report["ok"]
+    assert small_run.child.poll() is not None
+
+
+def test_stages_out_of_time_are_named(small_run):
+    small_run.limit = 0.0
+    small_run.stage("something", 10, lambda: pytest.fail("must not run"))
+    (stage,) = json.loads(small_run.path.read_text(encoding="utf-8"))["stages"]
+    assert stage["name"] == "something" and stage["status"].startswith("skipped: 0 s left")
+
+
+def test_numbers_that_json_lacks_are_words(small_run):
+    small_run.report["context"] = {"a": math.nan, "b": [math.inf, 1.0]}
+    small_run.write()
+    assert json.loads(small_run.path.read_text(encoding="utf-8"))["context"] == {"a": "nan", "b": ["inf", 1.0]}
+
+
+def test_fit_over_steps_finds_slope_and_fixed_cost(small_run):
+    for k in (1, 2, 4, 8, 16):
+        name = "walk-2x2048" if k == 8 else f"walk-2x2048-k{k}"
+        row = {"rival": "fused", "mode": "graph", "precision": "bf16", "median_us": 7.0 + 3.0 * k}
+        small_run.report["cases"][name] = {"results": [row]}
+    gpu.fit_steps(small_run)
+    fit = small_run.report["k_scaling"]["fits"]["fused graph"]
+    assert fit["fixed_us"] == pytest.approx(7.0) and fit["slope_us"] == pytest.approx(3.0)
+
+
+def test_tiles_are_forced_for_one_kernel_and_given_back():
+    pytest.importorskip("triton")
+    from fastflow.kernels import plan
+
+    before = plan.choose
+    candidates = gpu.sweep_tiles("integrate_fwd", "bf16", 512)
+    assert len(candidates) > 20 and len(set(candidates)) == len(candidates)
+    padding = plan.ROW_PAD
+    for tiles in candidates:
+        with gpu.tiles_forced("integrate_fwd", tiles):
+            assert plan.choose("integrate_fwd", 90, 132, "bf16", 512, 4096) == tiles
+            assert plan.ROW_PAD % tiles.rows == 0
+            other = plan.choose("matching_fwd", 90, 132, "bf16", 512, 4096)
+    assert plan.choose is before and padding == plan.ROW_PAD
+    assert other == plan.choose("matching_fwd", 90, 132, "bf16", 512, 4096)
+
+
+def test_sweep_runs_from_end_to_end(run_command, tmp_path):
+    pytest.importorskip("triton")
+    options = ["--sweep", "--allow-cpu", "--small", "--only", "matching_bwd bf16 64x"]
+    done = run_command("benchmarks.gpu", *options, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.iterdir()
+    rows = json.loads(path.read_text(encoding="utf-8"))["sweep"]
+    assert len(rows) > 5
+    assert all(row["tiles"].startswith("64x") for row in rows)
+    assert all(row["kernel"] == "matching_bwd" and row["median_us"] > 0 for row in rows)
+
+
+def test_pytest_benchmarks_run_once(run_command):
+    pytest.importorskip("pytest_benchmark")
+    selected = "(demo or one-row) and not compile"
+    done = run_command("pytest", "benchmarks", "-q", "--benchmark-disable", "-p", "no:cacheprovider", "-k", selected)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+def test_a_bad_number_of_minutes_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu.parse(["--minutes", "-1"])
+    assert stopped.value.code == 2
+    assert "--minutes must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_made_is_named(run_command, tmp_path):
+    tmp_path.chmod(0o500)
+    done = run_command("benchmarks.gpu", "--allow-cpu", "--small", "--output", str(tmp_path / "below"))
+    assert done.returncode == 2
+    assert "--output" in done.stderr
