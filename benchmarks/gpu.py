@@ -135,7 +135,11 @@ class Run:
             if grave:
                 self.fail(where, str(error), grave=True)
         except Exception as error:
-            self.fail(where, f"{type(error).__name__}: {error}", grave, traceback.format_exc()[-4000:])
+            # Compilers wrap what interrupts them.
+            if "OutOfTime" in str(error):
+                self.skip(where, f"not done in the time it was given ({type(error).__name__})")
+            else:
+                self.fail(where, f"{type(error).__name__}: {error}", grave, traceback.format_exc()[-4000:])
             self.check_device(where)
         return False
 
@@ -814,8 +818,10 @@ def summarize(run: Run) -> None:
     graves = [failure for failure in report["failures"] if failure["grave"]]
     others = len(report["failures"]) - len(graves)
     print(f"\nkernel tests: {report['tests']['status']}; skipped {len(report['skipped'])}, failed rivals {others}")
-    for failure in graves:
+    for failure in graves[:12]:
         print(f"FAILED {failure['where']}: {failure['error'].splitlines()[0][:300]}")
+    if len(graves) > 12:
+        print(f"FAILED and {len(graves) - 12} more, all in the results file")
     print(f"{'ok' if report['ok'] else 'NOT OK'} after {report['seconds']:.0f} s; {run.path}", flush=True)
 
 

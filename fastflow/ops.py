@@ -81,7 +81,7 @@ def integrate(
     _check_steps(num_steps, method, t_1)
     x, cond = call.canonical(x_0, cond, "x_0")
     if call.plain:
-        out = _reference_integrate(x, cond, call.parameters, call.key, num_steps, float(t_1), call.precision)
+        out = _reference_integrate(x, cond, call.parameters, call.spec, num_steps, float(t_1), call.precision)
     else:
         fused = call.fused()
         out = torch.ops.fastflow.integrate(
@@ -171,16 +171,19 @@ def _matching_loss(
     t = call.like_rows(t, "t", trailing=False)
     if weight is not None:
         weight = call.like_rows(weight, "weight", trailing=False)
-    if call.plain:
-        rows = _reference_rows(x, y, t, cond, call.parameters, call.key, call.precision, interpolate)
-    else:
-        grad = torch.is_grad_enabled()
-        needs_inputs = grad and (x.requires_grad or y.requires_grad or t.requires_grad)
-        fused = call.fused("a gradient of the path's ends, its point, target or t" if needs_inputs else None)
+    grad = torch.is_grad_enabled()
+    needs_inputs = grad and (x.requires_grad or y.requires_grad or t.requires_grad)
+    fused = not call.plain and call.fused(
+        "a gradient of the path's ends, its point, target or t" if needs_inputs else None
+    )
+    if fused or (torch.compiler.is_compiling() and not call.plain):
         needs = grad and (cond.requires_grad or any(p.requires_grad for p in call.parameters))
         rows = torch.ops.fastflow.matching_loss(
             x, y, t, cond, call.parameters, call.key, call.precision, interpolate, fused, fused and needs
         )[0]
+    else:
+        # Without kernels the operator's backward would repeat the forward pass, which autograd need not.
+        rows = _reference_rows(x, y, t, cond, call.parameters, call.spec, call.precision, interpolate)
     if weight is not None:
         rows = rows * weight
     if reduction == "mean":
@@ -404,11 +407,10 @@ def _warn_reference(name: str, why: str) -> None:
 # Reference implementations on canonical tensors ---------------------------------------------------------------------
 
 
-def _per_field(key: str, parameters: Sequence[Tensor]) -> tuple[FieldSpec, list[list[Tensor]]]:
-    """The spec and each field's own parameters, out of the flat list an operator takes."""
-    spec = FieldSpec.from_key(key)
+def _per_field(spec: FieldSpec, parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Each field's own parameters, out of the flat list an operator takes."""
     n = 2 * len(spec.layer_sizes) + (2 * len(spec.hidden) if spec.norm else 0)
-    return spec, [list(parameters[i : i + n]) for i in range(0, len(parameters), n)]
+    return [list(parameters[i : i + n]) for i in range(0, len(parameters), n)]
 
 
 def _slices(spec: FieldSpec, count: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -422,9 +424,9 @@ def _slices(spec: FieldSpec, count: int, *tensors: Tensor) -> list[tuple[Tensor,
 
 
 def _reference_integrate(
-    x_0: Tensor, cond: Tensor, parameters: Sequence[Tensor], key: str, num_steps: int, t_1: float, precision: str
+    x_0: Tensor, cond: Tensor, parameters: Sequence[Tensor], spec: FieldSpec, num_steps: int, t_1: float, precision: str
 ) -> Tensor:
-    spec, fields = _per_field(key, parameters)
+    fields = _per_field(spec, parameters)
     walks = [
         reference.euler(spec, ps, x, c.unsqueeze(-2), num_steps, t_1, precision)
         for ps, (x, c) in zip(fields, _slices(spec, len(fields), x_0, cond), strict=True)
@@ -440,11 +442,11 @@ def _reference_rows(
     t: Tensor,
     cond: Tensor,
     parameters: Sequence[Tensor],
-    key: str,
+    spec: FieldSpec,
     precision: str,
     interpolate: bool,
 ) -> Tensor:
-    spec, fields = _per_field(key, parameters)
+    fields = _per_field(spec, parameters)
     ((a, b, t, cond),) = _slices(spec, len(fields), a, b, t, cond)
     x_t, target = reference.interpolate(a, b, t) if interpolate else (a, b)
     rows = reference.matching_rows(spec, fields[0], x_t, t, target, cond.unsqueeze(-2), precision)
@@ -456,8 +458,8 @@ def _fold_vmap(
 ) -> tuple[list[Tensor], list[Tensor], str]:
     """Folds a vmapped axis of size V into the ensemble: tensors and parameters [V * E, ...], and the spec of that
     ensemble."""
-    spec, fields = _per_field(key, parameters)
-    if len(fields) != 1:
+    spec = FieldSpec.from_key(key)
+    if len(_per_field(spec, parameters)) != 1:
         raise NotImplementedError(
             "fastflow: vmap over several fields in one call; vmap one field, or use backend='reference'"
         )
@@ -505,14 +507,15 @@ def _integrate(
     precision: str,
     fused: bool,
 ) -> Tensor:
+    spec = FieldSpec.from_key(key)
     if fused and x_0.numel():
         from fastflow.kernels import integrate as kernel
 
-        spec, fields = _per_field(key, parameters)
+        fields = _per_field(spec, parameters)
         steps = torch.arange(num_steps, device=x_0.device, dtype=torch.float32) * (t_1 / num_steps)
         times = spec.time_embedding.features(steps)
         return kernel.integrate(x_0, cond, fields, times, t_1 / num_steps, _kernel_options(spec, precision))
-    return _reference_integrate(x_0, cond, parameters, key, num_steps, t_1, precision).clone(
+    return _reference_integrate(x_0, cond, parameters, spec, num_steps, t_1, precision).clone(
         memory_format=torch.contiguous_format
     )
 
@@ -547,8 +550,10 @@ def _integrate_bwd(
     t_1: float,
     precision: str,
 ) -> list[Tensor]:
+    spec = FieldSpec.from_key(key)
+
     def walk(x_0: Tensor, cond: Tensor, *parameters: Tensor) -> Tensor:
-        return _reference_integrate(x_0, cond, parameters, key, num_steps, t_1, precision)
+        return _reference_integrate(x_0, cond, parameters, spec, num_steps, t_1, precision)
 
     return _vjp(walk, grad, x_0, cond, *parameters)
 
@@ -628,12 +633,13 @@ def _matching_loss_op(
     fused: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
+    spec = FieldSpec.from_key(key)
     if fused and a.numel():
         from fastflow.kernels import matching as kernel
 
-        spec, fields = _per_field(key, parameters)
+        fields = _per_field(spec, parameters)
         return kernel.matching(a, b, t, cond, fields[0], interpolate, save, _kernel_options(spec, precision))
-    rows = _reference_rows(a, b, t, cond, parameters, key, precision, interpolate)
+    rows = _reference_rows(a, b, t, cond, parameters, spec, precision, interpolate)
     return (rows.clone(memory_format=torch.contiguous_format), *(a.new_empty(0) for _ in range(4)))
 
 
@@ -655,7 +661,7 @@ def _(
         return (rows, *(a.new_empty(0) for _ in range(4)))
     from fastflow.kernels import matching as kernel
 
-    spec, _ = _per_field(key, parameters)
+    spec = FieldSpec.from_key(key)
     return (rows, *kernel.saved_tensors(a, _kernel_options(spec, precision)))
 
 
@@ -679,18 +685,19 @@ def _matching_loss_bwd(
     fused: bool,
     needs_inputs: bool,
 ) -> list[Tensor]:
+    spec = FieldSpec.from_key(key)
     if fused and a.numel():
         from fastflow.kernels import matching as kernel
 
-        spec, fields = _per_field(key, parameters)
+        fields = _per_field(spec, parameters)
         return _owned(kernel.matching_bwd(grad, cond, fields[0], saved, _kernel_options(spec, precision)), grad)
 
     def rows(cond: Tensor, *parameters: Tensor) -> Tensor:
-        return _reference_rows(a, b, t, cond, parameters, key, precision, interpolate)
+        return _reference_rows(a, b, t, cond, parameters, spec, precision, interpolate)
 
     def rows_of_all(cond: Tensor, *rest: Tensor) -> Tensor:
         *parameters, a, b, t = rest
-        return _reference_rows(a, b, t, cond, parameters, key, precision, interpolate)
+        return _reference_rows(a, b, t, cond, parameters, spec, precision, interpolate)
 
     if needs_inputs:
         return _vjp(rows_of_all, grad, cond, *parameters, a, b, t)

@@ -68,11 +68,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor, precision: str | None = None)
     if weight.dim() == 2:
         return F.linear(x, weight.mT, bias).to(dtype)
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    if x.is_cuda:
-        y = torch.baddbmm(bias.unsqueeze(1), rows, weight)
-    else:
-        # One product per member: the CPU's batched product runs at a fraction of the plain one's rate.
-        y = torch.stack([torch.addmm(b, r, w) for b, r, w in zip(bias, rows, weight, strict=True)])
+    y = torch.baddbmm(bias.unsqueeze(1), rows, weight)
     return y.reshape(*x.shape[:-1], weight.shape[-1]).to(dtype)
 
 
@@ -114,6 +110,11 @@ def dense_stack(
     Returns:
         [..., out] in x's dtype.
     """
+    if parameters[0].dim() == 3 and not x.is_cuda:
+        # Member by member: the CPU's batched product runs at a fraction of the plain one's rate, and one member's
+        # LayerNorm is one operation with its scale and shift.
+        members = zip(x, *parameters, strict=True)
+        return torch.stack([dense_stack(row, ps, activation, norm, eps, precision) for row, *ps in members])
     n = num_layers(parameters, norm)
     for i in range(n - 1):
         x = activate(dense(x, parameters[2 * i], parameters[2 * i + 1], precision), activation)

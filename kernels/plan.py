@@ -95,7 +95,7 @@ def _tiles(*entries: tuple[int, int, int, int]) -> tuple[Tiles, ...]:
 SPILL_BYTES = {"bf16": 32, "tf32": 32, "fp32": 512}
 
 # arch -> (bytes per element of the products, padded width at most) -> (rows, columns, warps, stages), most rows first.
-# Chosen by ahead-of-time compilation with triton 3.6.0 and 3.9.0: the largest tiles within shared memory and SPILL_BYTES.
+# Chosen by ahead-of-time compilation with triton 3.6.0 and 3.9.0: the largest tiles within both bounds.
 _LARGE = {
     (2, 64): _tiles((64, 64, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
     (2, 256): _tiles((64, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)),

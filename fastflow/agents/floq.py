@@ -292,7 +292,6 @@ class FloqNetworks(nn.Module):
         obs_dim: int,
         action_dim: int,
         reward_range: tuple[float, float],
-        loss_backend: str | None,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
@@ -303,7 +302,7 @@ class FloqNetworks(nn.Module):
         )
         # On the meta device the constructors' own initialisation draws nothing from torch's global generator.
         plain: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
-        flow: dict[str, Any] = {"backend": loss_backend, "precision": config.precision, **plain}
+        flow: dict[str, Any] = {"backend": config.backend, "precision": config.precision, **plain}
 
         def flow_critic() -> FlowCritic:
             return FlowCritic(
@@ -410,7 +409,7 @@ class FloqAgent:
         source = torch.Generator().manual_seed(seed)
         noise_seed = int(torch.randint(2**62, (), generator=source))
         self.generator = torch.Generator(self.device).manual_seed(noise_seed)
-        self.networks = FloqNetworks(config, obs_dim, action_dim, self.reward_range, self._loss_backend(), source)
+        self.networks = FloqNetworks(config, obs_dim, action_dim, self.reward_range, source)
         self.networks.to(device=self.device, dtype=dtype)
         self._trained = self.networks.trained()
         self._online: list[Tensor] = list(self.networks.floq.parameters())
@@ -438,11 +437,6 @@ class FloqAgent:
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
             raise ValueError("FloqAgent: observation_statistics must be finite with every std positive")
         return mean, std
-
-    def _loss_backend(self) -> str | None:
-        # Where no kernel runs, an operator's backward repeats the forward; plain autograd keeps what it needs of it.
-        automatic = (self.config.backend or ops.DEFAULT_BACKEND) == "auto"
-        return "reference" if automatic and self.device.type == "cpu" else self.config.backend
 
     # Training -------------------------------------------------------------------------------------------------------
 
