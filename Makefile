@@ -60,7 +60,7 @@ gpu:
 		echo "make gpu: $$python needs pip and setuptools 70.1 or newer, or setuptools 64 with wheel." >&2; \
 		exit 1; \
 	fi; \
-	"$$python" -m benchmarks.gpu
+	"$$python" -m benchmarks.gpu $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) .triton build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -31,10 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="several training seeds, for a table")
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes (default demo)")
     parser.add_argument("--fresh", action="store_true", help="train again even if a finished run is there")
+    parser.add_argument("--device", default="cpu", help="cpu (default: the networks are small), cuda or auto")
     parser.add_argument("--steps", type=int, help="updates (default 15,000, for which the goal is meant)")
     options = parser.parse_args(argv)
     try:
-        return _run(options.folder, options.seeds or [options.seed], options.steps, options.fresh)
+        return _run(options.folder, options.seeds or [options.seed], options.steps, options.device, options.fresh)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(folder: Path, seeds: list[int], steps: int | None, fresh: bool) -> int:
+def _run(folder: Path, seeds: list[int], steps: int | None, device: str, fresh: bool) -> int:
     began = time.perf_counter()
     data = _collect(folder / "data")
     # Late, so that the first line of output comes at once.
@@ -51,7 +52,7 @@ def _run(folder: Path, seeds: list[int], steps: int | None, fresh: bool) -> int:
     from fastflow.record import Run
     from fastflow.train import default_settings, train
 
-    changes: dict[str, Any] = {"dataset_dir": data, "device": "cpu"} | ({} if steps is None else {"steps": steps})
+    changes: dict[str, Any] = {"dataset_dir": data, "device": device} | ({} if steps is None else {"steps": steps})
     runs: list[Run] = []
     for seed in seeds:
         path = folder / f"seed{seed}"

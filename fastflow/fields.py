@@ -1,8 +1,7 @@
 """The one description of a velocity network that every layer shares, and the module that holds its parameters.
 
 A field v(x_t, t, cond) is a plain MLP: [cond, state embedding of x_t, time embedding of t] -> (Dense -> activation ->
-optional
-LayerNorm) per hidden width -> Dense(state_dim). With an ensemble every parameter carries a leading E axis.
+optional LayerNorm) per hidden width -> Dense(state_dim). With an ensemble every parameter carries a leading E axis.
 """
 
 from __future__ import annotations
@@ -56,9 +55,8 @@ class HLGauss:
     section 4).
 
     `bins` edges e_i lie evenly in [low, high]; the Gaussian's standard deviation is `sigma` edge spacings; the masses
-    are
-    normalised to sum 1. x is clamped to three standard deviations outside the range, where the normaliser is still well
-    conditioned in float32: further out the published formula is 0/0.
+    are normalised to sum 1. x is clamped to three standard deviations outside the range, where the normaliser is still
+    well conditioned in float32: further out the published formula is 0/0.
     """
 
     low: float

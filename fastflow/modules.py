@@ -1,8 +1,7 @@
 """Critics and policies around the fused operations, as plain nn.Modules that drop into other codebases.
 
 Each reads its parameters anew at every call, so `state_dict`, `deepcopy`, `.to`, `functional_call`, `lerp_` and
-`.data` edits all
-work. Observations and actions may have any leading shape.
+`.data` edits all work. Observations and actions may have any leading shape.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class FlowCritic(nn.Module):
     Args:
         obs_dim, action_dim: O and A; `action_dim=0` gives a state value.
         value_range: (low, high) of the values, the range of the HL-Gauss embedding of z. `FlowCritic.for_rewards`
-        computes it
-            and `noise_range` from the rewards as the paper does.
+            computes it and `noise_range` from the rewards as the paper does.
         noise_range: (l, u) of the uniform start; default `value_range`.
         hidden: widths of the velocity network.
         ensemble: E members side by side, None for one.
@@ -277,8 +275,7 @@ class FlowPolicy(nn.Module):
         """Flow-matching (behaviour cloning) loss: mean over A of (v(x_t, t | obs) - (action - noise))^2.
 
         obs [..., O], action and noise [..., A], t and weight [...]; noise and t are drawn from `generator` if None.
-        Returns 0-d,
-        or [...] with `reduction="none"`.
+        Returns 0-d, or [...] with `reduction="none"`.
         """
         cond, lead = _rows(self, obs, None)
         x_0 = _normal(self, noise, lead, cond, generator)

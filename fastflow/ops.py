@@ -2,8 +2,7 @@
 vmap.
 
 One operator per integration (`fastflow::integrate`) and one per loss (`fastflow::matching_loss`), whatever the number
-of steps
-and layers. Public functions check and bring tensors to the canonical form [E, B, S, D]; operators see nothing else.
+of steps and layers. Public functions check and bring tensors to the canonical form [E, B, S, D], which operators take.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from fastflow import reference
 from fastflow.fields import FieldSpec, VelocityField
-from fastflow.kernels import plan  # needs no triton
+from fastflow.kernels import launch, plan  # neither needs triton
 
 BACKENDS = ("auto", "fused", "reference")
 PRECISIONS = ("bf16", "tf32", "fp32")
@@ -52,22 +51,19 @@ def integrate(
 
     Args:
         field: a VelocityField, or several of one spec, whose ensembles then stand one behind the other on the E axis
-        and are
-            walked in the same launch (a critic and its target, say).
+            and are walked in the same launch (a critic and its target, say).
         x_0: where the walk starts: [B, D], [B, S, D] or, with an ensemble, [E, B, D], [E, B, S, D]. Without an E axis
-        it is
-            shared by all members. Dtype and device of the field.
+            it is shared by all members. Dtype and device of the field.
         cond: [B, C], shared over E and S, or [E, B, C]; None where `cond_dim` is 0.
         num_steps: K, at least 1. Any value at run time: no kernel is compiled per K.
         method: "euler".
         t_1: end time; the walk starts at 0.
-        backend: "auto" (kernels where they cover the case, else the reference), "fused" (kernels or an error),
-        "reference"
-            (plain, traceable PyTorch: any order of derivative). Default: the environment variable FASTFLOW_BACKEND,
-            else "auto".
-        precision: of the matrix products: "bf16", "tf32" or "fp32". Flow state, sums and statistics stay float32.
-        Default:
-            autocast if it is on, else `torch.get_float32_matmul_precision()` on CUDA, "fp32" on CPU.
+        backend: "auto" (kernels where they cover the case, else the reference), "fused" (kernels or an error) or
+            "reference" (plain, traceable PyTorch: any order of derivative). Default: the environment variable
+            FASTFLOW_BACKEND, else "auto".
+        precision: of the matrix products: "bf16", "tf32" or "fp32"; the flow state, sums and statistics stay float32.
+            Default: autocast if it is on, else torch's setting for float32 products on CUDA, "fp32" on the CPU. The
+            reference rounds for "bf16" alone; its float32 products follow torch's setting.
 
     Returns:
         x_K with x_0's dtype, shaped as x_0, with a leading E axis if the field is an ensemble.
@@ -114,8 +110,7 @@ def flow_matching_loss(
         weight: per-row weights, shaped like t; each row's loss is multiplied by it. It may require a gradient.
         reduction: "none" gives one loss per row, "sum" adds them, "mean" divides the sum by the number of rows.
         backend, precision: see `integrate`. Kernels give the gradients of the parameters, cond and weight; if x_0,
-        x_1 or t
-            requires a gradient the reference is used.
+            x_1 or t requires a gradient the reference is used.
 
     Returns:
         A 0-d tensor, or with `reduction="none"` the losses [B], [B, S], [E, B] or [E, B, S].
@@ -372,9 +367,12 @@ def _resolve_precision(precision: str | None, dtype: torch.dtype, device: torch.
         return "bf16"
     if dtype in (torch.bfloat16, torch.float16):
         return "bf16"
-    if device.type == "cuda":
-        return {"highest": "fp32", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
-    return "fp32"
+    # torch.compile does not follow a question for torch's settings: the operator asks when it runs.
+    return "default" if device.type == "cuda" else "fp32"
+
+
+def _concrete(precision: str) -> str:
+    return launch.product_precision() if precision == "default" else precision
 
 
 def _why_not_fused(
@@ -514,7 +512,8 @@ def _integrate(
         fields = _per_field(spec, parameters)
         steps = torch.arange(num_steps, device=x_0.device, dtype=torch.float32) * (t_1 / num_steps)
         times = spec.time_embedding.features(steps)
-        return kernel.integrate(x_0, cond, fields, times, t_1 / num_steps, _kernel_options(spec, precision))
+        with torch.cuda.device_of(x_0):
+            return kernel.integrate(x_0, cond, fields, times, t_1 / num_steps, _kernel_options(spec, precision))
     return _reference_integrate(x_0, cond, parameters, spec, num_steps, t_1, precision).clone(
         memory_format=torch.contiguous_format
     )
@@ -638,7 +637,8 @@ def _matching_loss_op(
         from fastflow.kernels import matching as kernel
 
         fields = _per_field(spec, parameters)
-        return kernel.matching(a, b, t, cond, fields[0], interpolate, save, _kernel_options(spec, precision))
+        with torch.cuda.device_of(a):
+            return kernel.matching(a, b, t, cond, fields[0], interpolate, save, _kernel_options(spec, precision))
     rows = _reference_rows(a, b, t, cond, parameters, spec, precision, interpolate)
     return (rows.clone(memory_format=torch.contiguous_format), *(a.new_empty(0) for _ in range(4)))
 
@@ -690,7 +690,9 @@ def _matching_loss_bwd(
         from fastflow.kernels import matching as kernel
 
         fields = _per_field(spec, parameters)
-        return _owned(kernel.matching_bwd(grad, cond, fields[0], saved, _kernel_options(spec, precision)), grad)
+        with torch.cuda.device_of(a):
+            grads = kernel.matching_bwd(grad, cond, fields[0], saved, _kernel_options(spec, precision))
+        return _owned(grads, grad)
 
     def rows(cond: Tensor, *parameters: Tensor) -> Tensor:
         return _reference_rows(a, b, t, cond, parameters, spec, precision, interpolate)
@@ -727,7 +729,8 @@ def _matching_setup(ctx: Any, inputs: Any, output: Any) -> None:
     a, b, t, cond, parameters, key, precision, interpolate, fused, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(a, b, t, cond, *parameters, *output[1:])
-    ctx.options = (key, precision, interpolate, fused)
+    # Backward multiplies in what forward multiplied in, whatever torch's settings are by then.
+    ctx.options = (key, _concrete(precision), interpolate, fused)
     ctx.count = len(parameters)
 
 
@@ -784,5 +787,5 @@ def _kernel_options(spec: FieldSpec, precision: str) -> plan.Network:
         sigma=getattr(embedding, "sigma", 1.0),
         time_embedding=time,
         time_features=spec.time_features,
-        precision=precision,
+        precision=_concrete(precision),
     )

@@ -140,7 +140,7 @@ def members(parameters: list[Tensor]) -> list[Tensor]:
     return [p.unsqueeze(0) if parameters[0].dim() == 2 else p for p in parameters]
 
 
-def pack(fields: list[list[Tensor]], net: plan.Network, time: bool) -> Packed:
+def pack(fields: list[list[Tensor]], net: plan.Network, time: bool, inputs: bool = True) -> Packed:
     """Pack several fields of one network, their members one behind the other. `time` keeps the time rows beside the
     state rows."""
     fields = [members(ps) for ps in fields]
@@ -161,13 +161,16 @@ def pack(fields: list[list[Tensor]], net: plan.Network, time: bool) -> Packed:
         b_out=empty(e, net.state_padded),
     )
     c, f = net.cond_dim, net.state_features + (net.time_features if time else 0)
+    if not inputs:
+        c = f = 0
     i_e = 0
     for ps in fields:
         part = slice(i_e, i_e + ps[0].shape[0])
         w, b = ps[0], ps[1]
         if c:
             _fold(w[:, :c], None, None, None, packed.w_cond[part], None)
-        _fold(w[:, c : c + f], b, None, None, packed.w_feat[part], packed.bias[part])
+        if f:
+            _fold(w[:, c : c + f], b, None, None, packed.w_feat[part], packed.bias[part])
         for i in range(1, layers + 1):
             scale, shift = ps[2 * (layers + i) : 2 * (layers + i) + 2] if net.norm else (None, None)
             last = i == layers

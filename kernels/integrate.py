@@ -59,8 +59,7 @@ def integrate_fwd_kernel(
     """x <- x + dt v(x, t_k, cond) for k = 0..K-1. One program owns BM rows of one member for the whole walk.
 
     cond's share of the first layer is computed once, time's share comes from a table; a step multiplies only the
-    state's
-    features. Activations pass from layer to layer through a workspace that stays in L2.
+    state's features. Activations pass from layer to layer through a workspace that stays in L2.
     """
     i_b = tl.program_id(0)
     i_e = tl.program_id(1).to(tl.int64)
@@ -218,7 +217,5 @@ def _time_table(fields: list[list[Tensor]], bias: Tensor, times: Tensor, net: pl
     """
     first = net.cond_dim + net.state_features
     rows = torch.cat([ps[0].unsqueeze(0) if ps[0].dim() == 2 else ps[0] for ps in fields])[:, first:]  # [E, T, H]
-    table = bias.unsqueeze(1).repeat(1, times.shape[0], 1)
-    for i in range(net.time_features):
-        table[..., : net.width] += times[:, i, None] * rows[:, i, None].float()
-    return table
+    table = (times[:, :, None] * rows[:, None].float()).sum(2)
+    return torch.nn.functional.pad(table, (0, net.width_padded - net.width)) + bias.unsqueeze(1)

@@ -30,15 +30,31 @@ def target(device: torch.device | int) -> tuple[int, int]:
 _targets: dict[int, tuple[int, int]] = {}
 
 
+def product_precision() -> str:
+    """torch's setting for float32 products on CUDA: "fp32", "tf32" or "bf16"."""
+    try:
+        return {"highest": "fp32", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        # The older call refuses to answer where the newer setting was used.
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
+
+
 @contextlib.contextmanager
 def exact_products(precision: str) -> Iterator[None]:
     """torch's own float32 products at the asked precision ("fp32" or "tf32"), whatever the global setting says."""
     if precision == "bf16" or not torch.cuda.is_available():
         yield
         return
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    # torch keeps two settings and refuses products where they disagree: the older call sets both, so both are restored.
+    newer = torch.backends.cuda.matmul.fp32_precision
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "highest"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(older)
+        if torch.backends.cuda.matmul.fp32_precision != newer:
+            torch.backends.cuda.matmul.fp32_precision = newer

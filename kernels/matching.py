@@ -361,7 +361,7 @@ def matching_bwd(
     e, batch, s = grad.shape
     m, mp = batch * s, features.shape[1]
     hp = net.width_padded
-    packed = pack([parameters], net, time=True)
+    packed = pack([parameters], net, time=True, inputs=False)
     workspace = torch.empty(e, mp, hp, device=grad.device, dtype=pre.dtype)
     dv = torch.empty(e, mp, net.state_padded, device=grad.device, dtype=torch.float32)
     xhat, dpre = torch.empty_like(pre), torch.empty_like(pre)

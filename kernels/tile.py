@@ -72,8 +72,7 @@ def cosine(turns):
     """cos(2 pi turns), absolute error below 2e-7 for |turns| <= 1.
 
     sin(pi/2 - 2 pi |r|) for the remainder r in half a turn, by its series to the 13th power. Triton's own cos keeps a
-    table for huge
-    arguments on the stack, which would show as a spill in every kernel.
+    table for huge arguments on the stack, which would show as a spill in every kernel.
     """
     r = turns - tl.floor(turns + 0.5)
     x = 6.283185307179586 * (0.25 - tl.abs(r))

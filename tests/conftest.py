@@ -7,9 +7,11 @@ subprocesses whose environment is the fixture `plain_environment`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
+from collections.abc import Iterator
 
 # The tests are small, and two processes that share two cores gain nothing from more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -90,6 +92,23 @@ def assert_as_accurate(
         f"{name}: rms error {error:.3e} is {error / eager_error if eager_error else math.inf:.2f} times that of eager "
         f"PyTorch, {eager_error:.3e}; allowed {times} (rms of the exact result: {rms(exact):.3e})"
     )
+
+
+@contextlib.contextmanager
+def products(precision: str | None) -> Iterator[None]:
+    """torch's own float32 products in TF32 within the block for "tf32": what eager PyTorch is then compared in."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def relative_rms(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """rms(actual - exact) / rms(exact), 0 where exact is 0."""
+    scale = rms(exact)
+    return rms(actual.detach().double().cpu() - exact.detach().double().cpu()) / scale if scale else 0.0
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HAS_GPU, assert_as_accurate
+from conftest import HAS_GPU, assert_as_accurate, products
 from networks import SPECS, in_float64, random_field, random_inputs, to_float64
 
 import fastflow as ff
@@ -13,6 +13,9 @@ pytest.importorskip("triton")
 
 # The interpreter computes in float32; a GPU also runs the tensor-core paths.
 PRECISIONS = ["bf16", "tf32", "fp32"] if HAS_GPU else ["fp32"]
+
+# Relative error allowed where there are too few numbers to compare two errors by.
+FEW_NUMBERS = {"bf16": 3e-2, "tf32": 4e-3, "fp32": 2e-6}
 
 pytestmark = pytest.mark.poison
 
@@ -28,9 +31,12 @@ def compare(spec, batch, samples, num_steps, precision, device, t_1=1.0):
             return x - inputs["x_0"]  # the displacement: what the walk computed
 
     fused = walk(field, inputs, backend="fused", precision=precision)
-    eager = walk(field, inputs, backend="reference", precision=precision)
+    with products(precision):
+        eager = walk(field, inputs, backend="reference", precision=precision)
     exact = walk(exact_field, exact_inputs, backend="reference")
-    assert_as_accurate("displacement", fused, eager, exact, ratio_floor=2e-6)
+    # A handful of numbers says little of accuracy: one of two equal errors is often more than twice the other.
+    floor = FEW_NUMBERS[precision] if exact.numel() < 16 else 2e-6
+    assert_as_accurate("displacement", fused, eager, exact, ratio_floor=floor)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -14,6 +14,7 @@ from networks import SPECS, random_field, random_inputs
 
 import fastflow as ff
 from fastflow import ops
+from fastflow.kernels import launch
 
 FLOQ = SPECS["floq"]
 ACTOR = SPECS["actor"]
@@ -380,7 +381,8 @@ def test_default_precision_follows_torch_s_settings():
     try:
         for setting, expected in (("highest", "fp32"), ("high", "tf32"), ("medium", "bf16")):
             torch.set_float32_matmul_precision(setting)
-            assert ops._resolve_precision(None, torch.float32, cuda) == expected
+            assert ops._resolve_precision(None, torch.float32, cuda) == "default"
+            assert launch.product_precision() == expected
             assert ops._resolve_precision(None, torch.float32, cpu) == "fp32"
         assert ops._resolve_precision("tf32", torch.float32, cuda) == "tf32"
     finally:
