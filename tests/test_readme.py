@@ -1,0 +1,27 @@
+"""What the README shows runs."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_python_examples_run_one_after_the_other():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 2
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["q"].shape == (2, 256, 1)
+    assert names["z"].shape == (2, 256, 8, 1)
+    assert names["loss"].dim() == 0
+    assert all(p.grad is not None for p in names["critic"].parameters())
+
+
+def test_the_table_of_commands_is_the_command_line_s():
+    from fastflow import cli
+
+    shown = set(re.findall(r"^\| `fastflow (\w+)", README, re.M))
+    assert shown == {"collect", "train", "evaluate", "plot", "relabel", "info"} == set(cli._COMMANDS)
