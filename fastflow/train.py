@@ -94,7 +94,7 @@ class TrainSettings(Generic[AgentConfig]):
     """Episodes per evaluation."""
     eval_envs: int = 10
     """Environments that step together during an evaluation."""
-    save_interval: int = 1_000_000
+    save_interval: int = 100_000
     """Updates between checkpoints, besides the one at the end; 0 is only at the end."""
     keep_checkpoints: int = 0
     """Newest checkpoints to keep; 0 keeps all."""
