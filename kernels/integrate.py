@@ -10,7 +10,7 @@ from torch import Tensor
 from . import plan
 from .fold import pack, product_dtype
 from .launch import interpreted, target
-from .tile import activate, embed_state, project_out, row_scale
+from .tile import activate, add_cond, embed_state, hidden_layers, project_out, row_scale
 
 
 @triton.jit(do_not_specialize=["M", "samples", "num_steps", "cond_stride_e"])
@@ -67,7 +67,6 @@ def integrate_fwd_kernel(
     DTYPE: tl.constexpr = w_feat_ptr.dtype.element_ty
     o_b = i_b * BM + tl.arange(0, BM)
     m_b = o_b < M
-    o_h = tl.arange(0, HP)
     o_n = tl.arange(0, BN)
     o_f = tl.arange(0, FP)
     o_d = tl.arange(0, DP)
@@ -75,19 +74,12 @@ def integrate_fwd_kernel(
     p_rows = (i_e * MP + o_b)[:, None] * HP
     p_c = c_ptr + p_rows
     p_y = y_ptr + p_rows
-    y_size = n_e * MP * HP
+    layer_size = n_e * MP * HP
 
+    p_cond = cond_ptr + i_e * cond_stride_e + (o_b // samples)[:, None].to(tl.int64) * C
     for n in tl.range(0, HP, BN, num_stages=1):
         b_acc = tl.zeros([BM, BN], tl.float32)
-        for c in tl.range(0, CP, BC, num_stages=1):
-            o_c = c + tl.arange(0, BC)
-            b_c = tl.load(
-                cond_ptr + i_e * cond_stride_e + (o_b // samples)[:, None].to(tl.int64) * C + o_c[None, :],
-                mask=m_b[:, None] & (o_c < C)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            b_w = tl.load(w_cond_ptr + (i_e * CP + o_c)[:, None] * HP + (n + o_n)[None, :])
-            b_acc = tl.dot(b_c.to(DTYPE), b_w, b_acc, input_precision=PRECISION)
+        b_acc = add_cond(b_acc, p_cond, m_b, w_cond_ptr, i_e, n + o_n, C, CP, HP, BC, PRECISION)
         tl.store(p_c + (n + o_n)[None, :], b_acc.to(DTYPE))
 
     p_x = (i_e * M + o_b)[:, None] * D + o_d[None, :]
@@ -108,25 +100,33 @@ def integrate_fwd_kernel(
             s1 += tl.sum(b_y, 1)
             s2 += tl.sum(b_y * b_y, 1)
             tl.store(p_y + (n + o_n)[None, :], b_y.to(DTYPE))
-        for l in tl.range(0, L - 1, num_stages=1):
-            tl.debug_barrier()
-            b_a = tl.load(p_y + (l % 2) * y_size + o_h[None, :])
-            _, r = row_scale(s1, s2, H, eps)
-            s1 = tl.zeros([BM], tl.float32)
-            s2 = tl.zeros([BM], tl.float32)
-            p_w = w_hidden_ptr + (l * n_e + i_e) * HP * HP
-            for n in tl.range(0, HP, BN, num_stages=STAGES):
-                b_w = tl.load(p_w + o_h[:, None] * HP + (n + o_n)[None, :])
-                b_acc = tl.dot(b_a, b_w, input_precision=PRECISION)
-                if NORM:
-                    b_acc = b_acc * r[:, None]
-                b_acc += tl.load(b_hidden_ptr + (l * n_e + i_e) * HP + n + o_n)[None, :]
-                b_y = activate(b_acc, ACT, FAST)
-                s1 += tl.sum(b_y, 1)
-                s2 += tl.sum(b_y * b_y, 1)
-                tl.store(p_y + ((l + 1) % 2) * y_size + (n + o_n)[None, :], b_y.to(DTYPE))
-        tl.debug_barrier()
-        b_v = project_out(p_y + ((L - 1) % 2) * y_size, w_out_ptr, i_e, o_d, HP, DP, BM, BN, PRECISION)
+        s1, s2 = hidden_layers(
+            p_y,
+            layer_size,
+            s1,
+            s2,
+            w_hidden_ptr,
+            b_hidden_ptr,
+            p_y,  # nothing is saved
+            w_out_ptr,
+            i_e,
+            n_e,
+            MP,
+            o_b,
+            eps,
+            H,
+            HP,
+            L,
+            ACT,
+            NORM,
+            FAST,
+            False,
+            PRECISION,
+            BM,
+            BN,
+            STAGES,
+        )
+        b_v = project_out(p_y + ((L - 1) % 2) * layer_size, w_out_ptr, i_e, o_d, HP, DP, BM, BN, PRECISION)
         if NORM:
             _, r = row_scale(s1, s2, H, eps)
             b_v = b_v * r[:, None]

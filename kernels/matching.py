@@ -12,7 +12,17 @@ from . import plan
 from .fold import members, pack, product_dtype, unfold
 from .integrate import constants
 from .launch import exact_products, interpreted, target
-from .tile import activate, activate_grad, embed_state, embed_time, project_out, row_scale
+from .tile import (
+    activate,
+    activate_grad,
+    add_cond,
+    embed_state,
+    embed_time,
+    hidden_layers,
+    project_out,
+    row_scale,
+    store_stats,
+)
 
 
 @triton.jit(do_not_specialize=["M", "samples", "cond_stride_e"])
@@ -73,7 +83,6 @@ def matching_fwd_kernel(
     DTYPE: tl.constexpr = w_feat_ptr.dtype.element_ty
     o_b = i_b * BM + tl.arange(0, BM)
     m_b = o_b < M
-    o_h = tl.arange(0, HP)
     o_n = tl.arange(0, BN)
     o_f = tl.arange(0, FP)
     o_d = tl.arange(0, DP)
@@ -97,20 +106,13 @@ def matching_fwd_kernel(
     if SAVE:
         tl.store(feat_ptr + (i_e * MP + o_b)[:, None] * FP + o_f[None, :], b_f)
 
+    p_cond = cond_ptr + i_e * cond_stride_e + (o_b // samples)[:, None].to(tl.int64) * C
     s1 = tl.zeros([BM], tl.float32)
     s2 = tl.zeros([BM], tl.float32)
     for n in tl.range(0, HP, BN, num_stages=1):
         b_w = tl.load(w_feat_ptr + (i_e * FP + o_f)[:, None] * HP + (n + o_n)[None, :])
         b_acc = tl.dot(b_f, b_w, input_precision=PRECISION)
-        for c in tl.range(0, CP, BC, num_stages=1):
-            o_c = c + tl.arange(0, BC)
-            b_c = tl.load(
-                cond_ptr + i_e * cond_stride_e + (o_b // samples)[:, None].to(tl.int64) * C + o_c[None, :],
-                mask=m_b[:, None] & (o_c < C)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            b_wc = tl.load(w_cond_ptr + (i_e * CP + o_c)[:, None] * HP + (n + o_n)[None, :])
-            b_acc = tl.dot(b_c.to(DTYPE), b_wc, b_acc, input_precision=PRECISION)
+        b_acc = add_cond(b_acc, p_cond, m_b, w_cond_ptr, i_e, n + o_n, C, CP, HP, BC, PRECISION)
         b_acc += tl.load(bias_ptr + i_e * HP + n + o_n)[None, :]
         if SAVE:
             tl.store(pre_ptr + p_rows + (n + o_n)[None, :], b_acc.to(DTYPE))
@@ -118,36 +120,38 @@ def matching_fwd_kernel(
         s1 += tl.sum(b_y, 1)
         s2 += tl.sum(b_y * b_y, 1)
         tl.store(p_y + (n + o_n)[None, :], b_y.to(DTYPE))
-    for l in tl.range(0, L - 1, num_stages=1):
-        tl.debug_barrier()
-        b_a = tl.load(p_y + (l % 2) * layer_size + o_h[None, :])
-        mu, r = row_scale(s1, s2, H, eps)
-        if SAVE:
-            tl.store(stats_ptr + ((2 * l) * n_e + i_e) * MP + o_b, mu)
-            tl.store(stats_ptr + ((2 * l + 1) * n_e + i_e) * MP + o_b, r)
-        s1 = tl.zeros([BM], tl.float32)
-        s2 = tl.zeros([BM], tl.float32)
-        p_w = w_hidden_ptr + (l * n_e + i_e) * HP * HP
-        for n in tl.range(0, HP, BN, num_stages=STAGES):
-            b_w = tl.load(p_w + o_h[:, None] * HP + (n + o_n)[None, :])
-            b_acc = tl.dot(b_a, b_w, input_precision=PRECISION)
-            if NORM:
-                b_acc = b_acc * r[:, None]
-            b_acc += tl.load(b_hidden_ptr + (l * n_e + i_e) * HP + n + o_n)[None, :]
-            if SAVE:
-                tl.store(pre_ptr + (l + 1) * layer_size + p_rows + (n + o_n)[None, :], b_acc.to(DTYPE))
-            b_y = activate(b_acc, ACT, FAST)
-            s1 += tl.sum(b_y, 1)
-            s2 += tl.sum(b_y * b_y, 1)
-            tl.store(p_y + ((l + 1) % 2) * layer_size + (n + o_n)[None, :], b_y.to(DTYPE))
-    tl.debug_barrier()
+    s1, s2 = hidden_layers(
+        p_y,
+        layer_size,
+        s1,
+        s2,
+        w_hidden_ptr,
+        b_hidden_ptr,
+        pre_ptr + layer_size + p_rows,
+        stats_ptr,
+        i_e,
+        n_e,
+        MP,
+        o_b,
+        eps,
+        H,
+        HP,
+        L,
+        ACT,
+        NORM,
+        FAST,
+        SAVE,
+        PRECISION,
+        BM,
+        BN,
+        STAGES,
+    )
     b_v = project_out(p_y + ((L - 1) % 2) * layer_size, w_out_ptr, i_e, o_d, HP, DP, BM, BN, PRECISION)
     if NORM:
         mu, r = row_scale(s1, s2, H, eps)
         b_v = b_v * r[:, None]
         if SAVE:
-            tl.store(stats_ptr + ((2 * L - 2) * n_e + i_e) * MP + o_b, mu)
-            tl.store(stats_ptr + ((2 * L - 1) * n_e + i_e) * MP + o_b, r)
+            store_stats(stats_ptr, L - 1, i_e, n_e, MP, o_b, mu, r)
     b_v += tl.load(b_out_ptr + i_e * DP + o_d)[None, :]
     p_x = (i_e * M + o_b)[:, None] * D + o_d[None, :]
     m_x = m_b[:, None] & (o_d < D)[None, :]

@@ -100,6 +100,96 @@ def embed_time(b_t, o_f, EMBED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.con
 
 
 @triton.jit
+def add_cond(
+    b_acc,
+    p_cond,
+    m_b,
+    w_cond_ptr,
+    i_e,
+    o_n,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    HP: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """b_acc [BM, BN] plus cond's share of the first layer in columns o_n; p_cond [BM, 1] points to each row's cond."""
+    DTYPE: tl.constexpr = w_cond_ptr.dtype.element_ty
+    for c in tl.range(0, CP, BC, num_stages=1):
+        o_c = c + tl.arange(0, BC)
+        b_c = tl.load(p_cond + o_c[None, :], mask=m_b[:, None] & (o_c < C)[None, :], other=0.0).to(tl.float32)
+        b_w = tl.load(w_cond_ptr + (i_e * CP + o_c)[:, None] * HP + o_n[None, :])
+        b_acc = tl.dot(b_c.to(DTYPE), b_w, b_acc, input_precision=PRECISION)
+    return b_acc
+
+
+@triton.jit
+def hidden_layers(
+    p_y,
+    layer_size,
+    s1,
+    s2,
+    w_hidden_ptr,
+    b_hidden_ptr,
+    p_pre,
+    stats_ptr,
+    i_e,
+    n_e,
+    MP,
+    o_b,
+    eps,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    L: tl.constexpr,
+    ACT: tl.constexpr,
+    NORM: tl.constexpr,
+    FAST: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Layers 1..L-1. Activations go back and forth between the two halves of p_y's workspace; half (L - 1) % 2 is last.
+
+    s1, s2 [BM] are the sum and sum of squares of the activations so far; returns those of the last layer. With SAVE the
+    pre-activations go to p_pre (layer 1 first) and the statistics of layers 0..L-2 to stats_ptr.
+    """
+    o_h = tl.arange(0, HP)
+    for l in tl.range(0, L - 1, num_stages=1):
+        tl.debug_barrier()
+        b_a = tl.load(p_y + (l % 2) * layer_size + o_h[None, :])
+        mu, r = row_scale(s1, s2, H, eps)
+        if SAVE:
+            store_stats(stats_ptr, l, i_e, n_e, MP, o_b, mu, r)
+        s1 = tl.zeros([BM], tl.float32)
+        s2 = tl.zeros([BM], tl.float32)
+        p_w = w_hidden_ptr + (l * n_e + i_e) * HP * HP
+        for n in tl.range(0, HP, BN, num_stages=STAGES):
+            o_n = n + tl.arange(0, BN)
+            b_w = tl.load(p_w + o_h[:, None] * HP + o_n[None, :])
+            b_acc = tl.dot(b_a, b_w, input_precision=PRECISION)
+            if NORM:
+                b_acc = b_acc * r[:, None]
+            b_acc += tl.load(b_hidden_ptr + (l * n_e + i_e) * HP + o_n)[None, :]
+            if SAVE:
+                tl.store(p_pre + l * layer_size + o_n[None, :], b_acc.to(p_pre.dtype.element_ty))
+            b_y = activate(b_acc, ACT, FAST)
+            s1 += tl.sum(b_y, 1)
+            s2 += tl.sum(b_y * b_y, 1)
+            tl.store(p_y + ((l + 1) % 2) * layer_size + o_n[None, :], b_y.to(p_y.dtype.element_ty))
+    tl.debug_barrier()
+    return s1, s2
+
+
+@triton.jit
+def store_stats(stats_ptr, l, i_e, n_e, MP, o_b, mu, r):
+    """Mean and scale of layer l's activations into [L, 2, E, MP]."""
+    tl.store(stats_ptr + ((2 * l) * n_e + i_e) * MP + o_b, mu)
+    tl.store(stats_ptr + ((2 * l + 1) * n_e + i_e) * MP + o_b, r)
+
+
+@triton.jit
 def project_out(
     p_y,
     w_out_ptr,
