@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,11 @@ def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
     try:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        # Some writers (safetensors) make files that only their owner may read, whatever the umask allows.
+        temporary.chmod(mode)
         if sync:
             _sync(temporary)
         os.replace(temporary, target)

@@ -98,3 +98,15 @@ def test_full_disk(tmp_path, nearly_full_disk, write):
         write(temporary)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_checkpoints_may_be_read_by_whom_other_files_may(tmp_path):
+    """safetensors makes files for their owner alone."""
+    from safetensors.torch import save_file
+
+    (tmp_path / "usual").touch()
+    with atomic_write(tmp_path / "a.safetensors") as temporary:
+        save_file({"x": torch.zeros(2)}, temporary)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("usual", "a.safetensors")]
+    assert modes[0] == modes[1]
