@@ -20,7 +20,7 @@ from fastflow.errors import UserError
 __all__ = ["main"]
 
 ENV = "pointmaze-arena-navigate-singletask-v0"
-EPISODES = 100
+EPISODES = 300
 GOAL = 0.9
 
 

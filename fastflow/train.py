@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -110,6 +110,9 @@ class TrainSettings(Generic[AgentConfig]):
     """If not 0, the networks see this number times (observation - mean) / std of the dataset."""
     device: str = "auto"
     """auto (CUDA where there is a GPU), cpu, cuda or cuda:N."""
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """float32 matrix products on a GPU, as in torch.set_float32_matmul_precision. high is TF32, which the published JAX
+    code had by default on such GPUs. The CPU always multiplies in float32."""
     threads: int = 0
     """Threads of torch on the CPU; 0 leaves torch's choice."""
     progress: bool = True
@@ -128,7 +131,7 @@ class TrainSettings(Generic[AgentConfig]):
             raise ValueError(f"observation_scale: expected a finite number of at least 0, got {self.observation_scale}")
 
 
-_FIXED = ("env", "seed", "observation_scale", "agent")
+_FIXED = ("env", "seed", "observation_scale", "matmul_precision", "agent")
 """Settings that define the run; another value is another run. The rest may change on resuming."""
 
 
@@ -299,10 +302,14 @@ def train(settings: TrainSettings, agent_name: str = "floq", *, out: Callable[[s
         wanted = Run.open(settings.resume).config.get("threads_used", 0)
     if wanted:
         torch.set_num_threads(wanted)
+    precision = torch.get_float32_matmul_precision()
+    if resolve_device(settings.device).type == "cuda":
+        torch.set_float32_matmul_precision(settings.matmul_precision)
     try:
         return _Training(settings, agent_name, out).run_all()
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 class _Training:
