@@ -231,8 +231,7 @@ def _spec_from_key(key: str) -> FieldSpec:
 
 
 class Dense(nn.Module):
-    """y = x @ weight + bias, `weight` [in, out] or [E, in, out], `bias` [out] or [E, out]. Glorot-uniform weight,
-    zero bias."""
+    """y = x @ weight + bias, `weight` [in, out] or [E, in, out], `bias` [out] or [E, out]."""
 
     def __init__(
         self,

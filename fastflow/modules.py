@@ -330,8 +330,10 @@ class OneStepPolicy(nn.Module):
         raw: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Actions [..., A] for obs [..., O]; `noise` [..., A] is drawn from N(0, I) by `generator` if None; `raw`
-        skips the clip."""
+        """Actions [..., A] for obs [..., O], clipped unless `raw`.
+
+        `noise` [..., A] is drawn from N(0, I) by `generator` if None.
+        """
         cond, lead = _rows(self, obs, None)
         x = torch.cat([cond, _normal(self, noise, lead, cond, generator)], dim=-1)
         out = reference.dense_stack(x, self.network.parameter_list(), self.activation, self.norm)

@@ -69,8 +69,7 @@ def reference_rows(
 def _fold_vmap(
     v: int, key: str, tensors: Sequence[Tensor], dims: Sequence[Any], parameters: Sequence[Tensor], p_dims: Any
 ) -> tuple[list[Tensor], list[Tensor], str]:
-    """Folds a vmapped axis of size V into the ensemble: tensors and parameters [V * E, ...], and the spec of that
-    ensemble."""
+    """Folds a vmapped axis of size V into the ensemble: tensors and parameters [V * E, ...], and its spec."""
     spec = FieldSpec.from_key(key)
     if len(_per_field(spec, parameters)) != 1:
         raise NotImplementedError(
@@ -125,8 +124,8 @@ def _integrate(
         from fastflow.kernels import integrate as kernel
 
         fields = _per_field(spec, parameters)
-        steps = torch.arange(num_steps, device=x_0.device, dtype=torch.float32) * (t_1 / num_steps)
-        times = spec.time_embedding.features(steps)
+        times = t_1 * torch.arange(num_steps, device=x_0.device, dtype=torch.float32) / num_steps
+        times = spec.time_embedding.features(times)
         with torch.cuda.device_of(x_0):
             return kernel.integrate(x_0, cond, fields, times, t_1 / num_steps, _kernel_options(spec, precision))
     return reference_integrate(x_0, cond, parameters, spec, num_steps, t_1, precision).clone(

@@ -242,8 +242,7 @@ class _Call:
         return call
 
     def check(self, tensor: Tensor, name: str, width: int | None) -> Tensor:
-        """The tensor if its type, device and last axis fit (cast to the field's dtype under autocast), else an
-        error."""
+        """The tensor if its type, device and last axis fit (cast to its dtype under autocast), else an error."""
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.name}: {name} must be a Tensor, got {type(tensor).__name__}")
         if tensor.device != self.device:

@@ -141,8 +141,10 @@ def members(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def pack(fields: list[list[Tensor]], net: plan.Network, time: bool, inputs: bool = True) -> Packed:
-    """Pack several fields of one network, their members one behind the other. `time` keeps the time rows beside the
-    state rows."""
+    """Pack several fields of one network, their members one behind the other.
+
+    `time` keeps the time rows beside the state rows; without `inputs` the first layer is left out.
+    """
     fields = [members(ps) for ps in fields]
     first = fields[0][0]
     e = sum(ps[0].shape[0] for ps in fields)

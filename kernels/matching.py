@@ -75,8 +75,7 @@ def matching_fwd_kernel(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """rows = mean over D of (v(x_t, t, cond) - target)^2 with x_t = (1 - t) x_0 + t x_1 and target = x_1 - x_0 built
-    here."""
+    """rows = mean over D of (v(x_t, t, cond) - target)^2 with x_t = (1 - t) x_0 + t x_1, target = x_1 - x_0."""
     i_b = tl.program_id(0)
     i_e = tl.program_id(1).to(tl.int64)
     n_e = tl.num_programs(1).to(tl.int64)
@@ -276,8 +275,7 @@ def store_h(b_h, h_ptr, pre_ptr, offsets, mu, r, ACT: tl.constexpr, NORM: tl.con
 
 
 def saved_tensors(a: Tensor, net: plan.Network) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty tensors that the forward kernel leaves for the backward one: error, features, pre-activations,
-    statistics."""
+    """Empty tensors for what the backward kernel reads: error, features, pre-activations, statistics."""
     e, b, s, d = a.shape
     mp = (b * s + plan.ROW_PAD - 1) // plan.ROW_PAD * plan.ROW_PAD
     dtype = product_dtype(net)

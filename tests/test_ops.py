@@ -393,8 +393,7 @@ def test_default_precision_follows_torch_s_settings():
 
 @pytest.mark.skipif(HAS_GPU, reason="looks at the interpreter")
 def test_auto_on_the_cpu_never_interprets_kernels(monkeypatch):
-    """Interpreted kernels are for tests: `auto` takes the reference on CPU tensors even where TRITON_INTERPRET is
-    set."""
+    """`auto` takes the reference on CPU tensors even where TRITON_INTERPRET is set: interpreting is for tests."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     field = random_field(FLOQ, torch.device("cpu"))
     x_0, cond = torch.randn(8, 1), torch.randn(8, 5)
