@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 # The tests are small, and two processes that share two cores gain nothing from more threads.
@@ -27,6 +28,10 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+
+# A shell ignores Ctrl-C for what it starts in the background, and every process inherits that. Tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
     import hypothesis

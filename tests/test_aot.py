@@ -83,6 +83,20 @@ def test_hopper_multiplies_full_tiles_by_warpgroup(triton):
     assert "HGMMA" in next(row for row in rows if row["tiles"]["rows"] == 64)["opcodes"]
 
 
+def test_no_kernel_is_compiled_per_number_of_steps_or_rows(plain_environment):
+    code = (
+        "from fastflow.kernels.integrate import integrate_fwd_kernel as walk\n"
+        "from fastflow.kernels.matching import matching_fwd_kernel as loss, matching_bwd_kernel as back\n"
+        "for kernel, names in ((walk, 'M samples num_steps'), (loss, 'M samples'), (back, 'M')):\n"
+        "    found = {p.name: p for p in kernel.params}\n"
+        "    for name in names.split():\n"
+        "        assert found[name].do_not_specialize and not found[name].is_constexpr, name\n"
+        "print('run-time arguments')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env=plain_environment, capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == "run-time arguments\n", run.stderr[-2000:]
+
+
 def test_the_plan_covers_every_arch_and_precision():
     for arch in (80, 86, 87, 89, 90, 100, 103, 120, 121):
         for precision in ("bf16", "tf32", "fp32"):
