@@ -134,7 +134,7 @@ def draw_success(axis: Axes, runs: Sequence[Run]) -> None:
 
 
 def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
-    """Training losses over updates on a logarithmic axis: every loss of one run, or the critic's of several."""
+    """Training losses over updates: every loss of one run, or the critic's of several. Decades make the axis a log."""
     labels = _labels(runs)
     lines: list[tuple[np.ndarray, np.ndarray, str]] = []
     for run, label in zip(runs, labels, strict=True):
@@ -150,7 +150,8 @@ def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
     for i, (steps, values, label) in enumerate(positive):
         axis.plot(steps, values, color=_COLORS[i % len(_COLORS)], linewidth=1.6, label=label)
     if positive:
-        axis.set_yscale("log")
+        if max(v.max() for _, v, _ in positive) > 10 * min(v.min() for _, v, _ in positive):
+            axis.set_yscale("log")
         axis.legend(fontsize=8)
     else:
         axis.text(0.5, 0.5, "no rows in train.csv yet", transform=axis.transAxes, ha="center", color="#888888")
