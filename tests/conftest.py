@@ -52,6 +52,23 @@ else:
     hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+# Hides packages from every finder, as if they were not installed: importing them raises, find_spec returns None.
+HIDE = """
+import sys
+
+class Hide:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {names!r} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Hide, sys.meta_path)
+"""
+
 
 def rms(tensor: torch.Tensor) -> float:
     """Root mean square of all elements, in float64; 0 for no elements."""

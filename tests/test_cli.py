@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import HIDE
 
 from fastflow import demo
 from fastflow.cli import main
@@ -26,22 +27,6 @@ SMALL = shlex.split(
     "--agent.value-hidden-dims 16 --agent.actor-hidden-dims 16 --agent.noise-samples 2 --agent.critic-flow-steps 2 "
     "--agent.flow-steps 2"
 )
-# Hides packages from every finder, as if they were not installed.
-HIDE = """
-import sys
-
-class Hide:
-    def __init__(self, finder):
-        self.finder = finder
-
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in {names!r} else self.finder.find_spec(name, path, target)
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-sys.meta_path[:] = map(Hide, sys.meta_path)
-"""
 SIMULATOR = {"ogbench", "gymnasium", "mujoco", "dm_control"}
 
 

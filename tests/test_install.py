@@ -12,27 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import HIDE
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ["gymnasium", "matplotlib", "ogbench", "safetensors", "tensorboard", "tqdm", "tyro"]
-# Hides packages from every finder, as if they were not installed: importing them raises, find_spec returns None.
-HIDE = """
-import sys
-
-class Hide:
-    def __init__(self, finder):
-        self.finder = finder
-
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in {names!r} else self.finder.find_spec(name, path, target)
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-sys.meta_path[:] = map(Hide, sys.meta_path)
-"""
 USE_EVERYTHING = """
 import fastflow
 for name in fastflow.__all__:
