@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastflow import operators
 from fastflow.fields import FieldSpec, VelocityField
-from fastflow.kernels import plan  # needs no triton
+from fastflow.kernels import launch, plan  # neither needs triton
 
 BACKENDS = ("auto", "fused", "reference")
 PRECISIONS = ("bf16", "tf32", "fp32")
@@ -382,7 +382,7 @@ def _why_not_fused(
 
 # What the kernels need is looked at once: neither changes while a process runs.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = launch.interpreted()
 
 _warned: set[tuple[str, str]] = set()
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
-from .fold import pack, product_dtype
+from .fold import members, pack, product_dtype
 from .launch import interpreted, target
 from .tile import activate, add_cond, embed_state, hidden_layers, project_out, row_scale
 
@@ -149,7 +149,7 @@ def integrate(
     packed = pack(fields, net, time=False)
     num_steps = times.shape[0]
     table = _time_table(fields, packed.bias, times, net)
-    mp = -(-m // plan.ROW_PAD) * plan.ROW_PAD
+    mp = plan.padded_rows(m)
     hp, dtype = net.width_padded, product_dtype(net)
     c = torch.empty(e, mp, hp, device=x_0.device, dtype=dtype)
     y = torch.empty(2, e, mp, hp, device=x_0.device, dtype=dtype)
@@ -180,11 +180,7 @@ def integrate(
         net.std,
         net.eps,
         **constants(net, time=False),
-        FAST=net.precision == "bf16" and not interpreted(),
-        BM=tiles.rows,
-        BN=tiles.columns,
-        STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
+        **tiling(net, tiles),
     )
     return out
 
@@ -209,6 +205,17 @@ def constants(net: plan.Network, time: bool) -> dict[str, int | str | bool]:
     )
 
 
+def tiling(net: plan.Network, tiles: plan.Tiles) -> dict[str, int | bool]:
+    """The launch arguments that every kernel takes from the plan."""
+    return dict(
+        FAST=net.precision == "bf16" and not interpreted(),
+        BM=tiles.rows,
+        BN=tiles.columns,
+        STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps,
+    )
+
+
 def _time_table(fields: list[list[Tensor]], bias: Tensor, times: Tensor, net: plan.Network) -> Tensor:
     """times [K, T] through the first layer's time rows, plus its bias: [E, K, HP] float32.
 
@@ -216,6 +223,6 @@ def _time_table(fields: list[list[Tensor]], bias: Tensor, times: Tensor, net: pl
     settings.
     """
     first = net.cond_dim + net.state_features
-    rows = torch.cat([ps[0].unsqueeze(0) if ps[0].dim() == 2 else ps[0] for ps in fields])[:, first:]  # [E, T, H]
+    rows = torch.cat([members(ps)[0] for ps in fields])[:, first:]  # [E, T, H]
     table = (times[:, :, None] * rows[:, None].float()).sum(2)
     return torch.nn.functional.pad(table, (0, net.width_padded - net.width)) + bias.unsqueeze(1)

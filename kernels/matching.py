@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import plan
 from .fold import members, pack, product_dtype, unfold
-from .integrate import constants
-from .launch import exact_products, interpreted, target
+from .integrate import constants, tiling
+from .launch import exact_products, target
 from .tile import (
     activate,
     activate_grad,
@@ -277,7 +277,7 @@ def store_h(b_h, h_ptr, pre_ptr, offsets, mu, r, ACT: tl.constexpr, NORM: tl.con
 def saved_tensors(a: Tensor, net: plan.Network) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty tensors for what the backward kernel reads: error, features, pre-activations, statistics."""
     e, b, s, d = a.shape
-    mp = (b * s + plan.ROW_PAD - 1) // plan.ROW_PAD * plan.ROW_PAD
+    mp = plan.padded_rows(b * s)
     dtype = product_dtype(net)
     return (
         a.new_empty((e, b, s, d), dtype=torch.float32),
@@ -305,7 +305,7 @@ def matching(
     m = batch * s
     a, b, t, cond = a.contiguous(), b.contiguous(), t.contiguous(), cond.contiguous()
     packed = pack([parameters], net, time=True)
-    mp = -(-m // plan.ROW_PAD) * plan.ROW_PAD
+    mp = plan.padded_rows(m)
     hp = net.width_padded
     y = torch.empty(2, e, mp, hp, device=a.device, dtype=product_dtype(net))
     rows = torch.empty_like(t)
@@ -345,11 +345,7 @@ def matching(
         TIME=net.time_embedding,
         INTERPOLATE=interpolate,
         SAVE=save,
-        FAST=net.precision == "bf16" and not interpreted(),
-        BM=tiles.rows,
-        BN=tiles.columns,
-        STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
+        **tiling(net, tiles),
     )
     return (rows, *saved)
 
@@ -384,11 +380,7 @@ def matching_bwd(
         m,
         mp,
         **{name: constexprs[name] for name in ("D", "DP", "H", "HP", "L", "ACT", "NORM", "PRECISION")},
-        FAST=net.precision == "bf16" and not interpreted(),
-        BM=tiles.rows,
-        BN=tiles.columns,
-        STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
+        **tiling(net, tiles),
     )
     with exact_products(net.precision):
         grads = _weight_gradients(cond, parameters, features, xhat, dpre, dv, s, net)

@@ -147,6 +147,11 @@ def choose(kernel: str, arch: int, sms: int, precision: str, width: int, rows: i
     return entries[-1]
 
 
+def padded_rows(m: int) -> int:
+    """MP, the rows of a workspace for m rows of one member."""
+    return (m + ROW_PAD - 1) // ROW_PAD * ROW_PAD
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
