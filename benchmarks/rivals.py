@@ -116,7 +116,7 @@ def _plain(problem: Problem, precision: str) -> Callable[..., Tensor]:
             dense = 2 * len(spec.layer_sizes)
             parameters = [p.bfloat16() for p in parameters[:dense]] + parameters[dense:]
         x = x_0.expand(*lead, *x_0.shape)
-        return reference.euler(spec, parameters, x, cond, case.num_steps, precision=precision)
+        return reference.integrate(spec, parameters, x, cond, case.num_steps, precision=precision)
 
     def loss(x_0: Tensor, cond: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
         x_t, target = reference.interpolate(x_0, x_1, t)

@@ -10,29 +10,39 @@ from fastflow._version import __version__
 
 if TYPE_CHECKING:
     from fastflow.fields import (
+        MLP,
         Cosine,
         CosineFourier,
         FieldSpec,
+        FiLMUNet,
         HLGauss,
         Identity,
+        PowerFourier,
         RawTime,
+        ResidualMLP,
         Scaled,
+        Sinusoidal,
         VelocityField,
     )
     from fastflow.modules import FlowCritic, FlowPolicy, OneStepPolicy, ValueNetwork
     from fastflow.ops import flow_matching_loss, integrate, velocity_matching_loss
 
 __all__ = [
+    "MLP",
     "Cosine",
     "CosineFourier",
+    "FiLMUNet",
     "FieldSpec",
     "FlowCritic",
     "FlowPolicy",
     "HLGauss",
     "Identity",
     "OneStepPolicy",
+    "PowerFourier",
     "RawTime",
+    "ResidualMLP",
     "Scaled",
+    "Sinusoidal",
     "ValueNetwork",
     "VelocityField",
     "__version__",
@@ -42,7 +52,21 @@ __all__ = [
 ]
 
 _MODULES = {
-    "fields": ["Cosine", "CosineFourier", "FieldSpec", "HLGauss", "Identity", "RawTime", "Scaled", "VelocityField"],
+    "fields": [
+        "Cosine",
+        "CosineFourier",
+        "FiLMUNet",
+        "FieldSpec",
+        "HLGauss",
+        "Identity",
+        "MLP",
+        "PowerFourier",
+        "RawTime",
+        "ResidualMLP",
+        "Scaled",
+        "Sinusoidal",
+        "VelocityField",
+    ],
     "modules": ["FlowCritic", "FlowPolicy", "OneStepPolicy", "ValueNetwork"],
     "ops": ["flow_matching_loss", "integrate", "velocity_matching_loss"],
 }

@@ -1,7 +1,8 @@
 """The one description of a velocity network that every layer shares, and the module that holds its parameters.
 
-A field v(x_t, t, cond) is a plain MLP: [cond, state embedding of x_t, time embedding of t] -> (Dense -> activation ->
-optional LayerNorm) per hidden width -> Dense(state_dim). With an ensemble every parameter carries a leading E axis.
+A field v(x_t, t, cond) embeds x_t and t, passes them with cond through a trunk of hidden layers (`MLP`, `ResidualMLP`
+or `FiLMUNet`) and a Dense head, and reads the velocity from the head's output (`FieldSpec.prediction`). With an
+ensemble every parameter carries a leading E axis.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import ast
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastflow import reference
 
-ACTIVATIONS = ("gelu_tanh", "silu", "relu")
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "elu", "mish", "tanh")
 NORMS = ("layer", None)
+PREDICTIONS = ("velocity", "endpoint", "noise")
+
+
+# Embeddings ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -119,13 +125,146 @@ class CosineFourier:
         return reference.cosine_fourier(t, self.dim)
 
 
+@dataclass(frozen=True)
+class PowerFourier:
+    """Time embedding: cos(2^k t) for k = 0..dim/2-1, then sin(2^k t) (FPO)."""
+
+    dim: int = 8
+
+    def __post_init__(self) -> None:
+        if self.dim < 2 or self.dim % 2:
+            raise ValueError(f"PowerFourier: dim must be even and at least 2, got {self.dim}")
+
+    def width(self) -> int:
+        return self.dim
+
+    def features(self, t: Tensor) -> Tensor:
+        return reference.power_fourier(t, self.dim)
+
+
+@dataclass(frozen=True)
+class Sinusoidal:
+    """Time embedding: the Transformer's sinusoids of `scale` t, then an MLP of its own (TD-Flow, DiT).
+
+    cos(w_i scale t) and sin(w_i scale t) for w_i = max_period^(-2 i / dim), i = 0..dim/2-1, then Dense -> activation
+    (the field's) per width of `hidden`. `hidden=()` leaves the sinusoids as they are. The papers leave `scale` open;
+    1000 is the number of levels that the embedding was made for.
+    """
+
+    dim: int = 256
+    hidden: tuple[int, ...] = (256, 256)
+    max_period: float = 10_000.0
+    scale: float = 1000.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        if self.dim < 2 or self.dim % 2:
+            raise ValueError(f"Sinusoidal: dim must be even and at least 2, got {self.dim}")
+        if not all(isinstance(width, int) and width >= 1 for width in self.hidden):
+            raise ValueError(f"Sinusoidal: hidden must hold widths of at least 1, got {self.hidden}")
+        if not (self.max_period > 1 and math.isfinite(self.max_period) and math.isfinite(self.scale)):
+            raise ValueError(f"Sinusoidal: expected max_period > 1 and a finite scale, got {self}")
+
+    def width(self) -> int:
+        return self.dim
+
+    def features(self, t: Tensor) -> Tensor:
+        return reference.sinusoidal(self.scale * t, self.dim, self.max_period)
+
+
 StateEmbedding = Identity | Scaled | HLGauss
-TimeEmbedding = RawTime | Cosine | CosineFourier
+TimeEmbedding = RawTime | Cosine | CosineFourier | PowerFourier | Sinusoidal
+
+
+# Architectures ------------------------------------------------------------------------------------------------------
+
+
+class Hidden(NamedTuple):
+    """One hidden layer of a trunk."""
+
+    width: int
+    inputs: tuple[int, ...]  # hidden layers whose outputs it takes side by side; () takes the field's inputs
+    add: int | None  # hidden layer whose output is added to its own
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Architecture: hidden layers one behind the other, fed with [cond, state features, time features]."""
+
+    def trunk(self, hidden: tuple[int, ...]) -> tuple[Hidden, ...]:
+        return tuple(Hidden(width, (i - 1,) if i else (), None) for i, width in enumerate(hidden))
+
+
+@dataclass(frozen=True)
+class ResidualMLP:
+    """Architecture: one hidden layer, then blocks of `depth` hidden layers whose output is added to their input (floq's
+    ResNet). `hidden` names every layer: 1 + n depth equal widths for n blocks.
+    """
+
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"ResidualMLP: depth must be at least 1 layer per block, got {self.depth}")
+
+    def trunk(self, hidden: tuple[int, ...]) -> tuple[Hidden, ...]:
+        if len(set(hidden)) > 1 or (len(hidden) - 1) % self.depth:
+            raise ValueError(
+                f"ResidualMLP: hidden must be 1 + n * {self.depth} equal widths, got {hidden} ({len(hidden)} layers)"
+            )
+        return tuple(
+            Hidden(width, (i - 1,) if i else (), i - self.depth if i and i % self.depth == 0 else None)
+            for i, width in enumerate(hidden)
+        )
+
+
+@dataclass(frozen=True)
+class FiLMUNet:
+    """Architecture: TD-Flow's U-Net of Dense layers. cond and time enter through FiLM alone.
+
+    `hidden` = (w_1, ..., w_n) are the widths on the way down; the way up has the same in reverse. Every layer is Dense
+    -> LayerNorm -> FiLM -> activation, where FiLM (y = xhat (1 + scale) + shift) stands for LayerNorm's affine. cond
+    passes once through an encoder, Dense -> activation per width of `cond_hidden`; scale and shift of each layer are
+    one Dense of [encoded cond, time features].
+
+    The paper gives these sizes and leaves the wiring open. Here: the way down takes the state features, then each layer
+    the one above. The first layer of the way up (the bottom) takes the last of the way down, which is its own skip;
+    every further one takes [the layer below it, the layer of the way down at its level].
+    """
+
+    cond_hidden: tuple[int, ...] = (512, 512, 512)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cond_hidden", tuple(self.cond_hidden))
+        if not self.cond_hidden or not all(isinstance(w, int) and w >= 1 for w in self.cond_hidden):
+            raise ValueError(f"FiLMUNet: cond_hidden must hold widths of at least 1, got {self.cond_hidden}")
+
+    def trunk(self, hidden: tuple[int, ...]) -> tuple[Hidden, ...]:
+        n = len(hidden)
+        down = [Hidden(width, (i - 1,) if i else (), None) for i, width in enumerate(hidden)]
+        up = [Hidden(hidden[i], (2 * n - 2 - i,) + ((i,) if i < n - 1 else ()), None) for i in range(n - 1, -1, -1)]
+        return (*down, *up)
+
+
+Architecture = MLP | ResidualMLP | FiLMUNet
 
 
 def _check_range(embedding: object, low: float, high: float) -> None:
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"{type(embedding).__name__}: expected finite low < high, got low={low}, high={high}")
+
+
+# The spec ------------------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """The parameters of one field by what they do, each as (weight, bias) or (scale, shift) pairs."""
+
+    layers: list[tuple[Tensor, Tensor]]  # the trunk's Dense layers, then the head
+    norms: list[tuple[Tensor, Tensor]]
+    time: list[tuple[Tensor, Tensor]]  # the time embedding's own MLP
+    encoder: list[tuple[Tensor, Tensor]]  # FiLM: cond's encoder
+    films: list[tuple[Tensor, Tensor]]  # FiLM: [encoded cond, time features] -> [scale, shift] of each hidden layer
 
 
 @dataclass(frozen=True)
@@ -135,13 +274,19 @@ class FieldSpec:
     Args:
         state_dim: D, width of the flow state x.
         cond_dim: C, width of what the field is conditioned on (observation, action ...); 0 for none.
-        hidden: width of each hidden layer.
+        hidden: width of each hidden layer, as `architecture` reads them.
         ensemble: E, number of networks side by side; None for one network whose tensors have no E axis.
-        activation: "gelu_tanh" (the tanh form, flax's default), "silu" or "relu".
-        norm: "layer" for LayerNorm after each activation (floq's order), None for none.
+        activation: "gelu_tanh" (the tanh form, flax's default), "gelu" (with erf, torch's default), "silu", "relu",
+            "elu", "mish" or "tanh".
+        norm: "layer" for a LayerNorm in each hidden layer, None for none.
         state_embedding: `Identity()`, `Scaled(low, high)` or `HLGauss(low, high, bins, sigma)`.
-        time_embedding: `RawTime()`, `Cosine()` or `CosineFourier(dim)`.
+        time_embedding: `RawTime()`, `Cosine()`, `CosineFourier(dim)`, `PowerFourier(dim)` or `Sinusoidal(dim, hidden)`.
         norm_eps: added to the variance of LayerNorm (flax: 1e-6).
+        norm_first: the LayerNorm stands before the activation; by default behind it (floq's order).
+        architecture: `MLP()`, `ResidualMLP(depth)` or `FiLMUNet(cond_hidden)`, which brings its own norm.
+        output_scale: the head's output is multiplied by it (FPO: 0.25).
+        prediction: what the head predicts: "velocity"; "endpoint", the data x_1, from which v = (x_1 - x_t) / (1 - t);
+            or "noise", x_0, from which v = (x_t - x_0) / t. Denominators are at least `reference.TIME_MARGIN`.
 
     Raises:
         ValueError: a size, name or combination that describes no network.
@@ -157,6 +302,10 @@ class FieldSpec:
     state_embedding: StateEmbedding = Identity()
     time_embedding: TimeEmbedding = RawTime()
     norm_eps: float = 1e-6
+    norm_first: bool = False
+    architecture: Architecture = MLP()
+    output_scale: float = 1.0
+    prediction: str = "velocity"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
@@ -180,11 +329,40 @@ class FieldSpec:
             raise TypeError(
                 f"FieldSpec: state_embedding must be Identity, Scaled or HLGauss, got {self.state_embedding!r}"
             )
-        if not isinstance(self.time_embedding, (RawTime, Cosine, CosineFourier)):
+        if not isinstance(self.time_embedding, _TIME_EMBEDDINGS):
             raise TypeError(
-                f"FieldSpec: time_embedding must be RawTime, Cosine or CosineFourier, got {self.time_embedding!r}"
+                "FieldSpec: time_embedding must be RawTime, Cosine, CosineFourier, PowerFourier or Sinusoidal, "
+                f"got {self.time_embedding!r}"
             )
+        if not isinstance(self.architecture, _ARCHITECTURES):
+            raise TypeError(f"FieldSpec: architecture must be MLP, ResidualMLP or FiLMUNet, got {self.architecture!r}")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"FieldSpec: prediction must be one of {PREDICTIONS}, got {self.prediction!r}")
+        if not (math.isfinite(self.output_scale) and self.output_scale != 0):
+            raise ValueError(f"FieldSpec: output_scale must be finite and not 0, got {self.output_scale}")
+        if self.norm_first and self.norm is None:
+            raise ValueError("FieldSpec: norm_first says where the norm stands; norm must be 'layer', got None")
+        if self.film and self.norm is not None:
+            raise ValueError(f"FieldSpec: FiLMUNet brings its own LayerNorm; norm must be None, got {self.norm!r}")
+        self.architecture.trunk(self.hidden)  # refuses widths that make no network
         self.state_embedding.width(self.state_dim)  # refuses what it cannot embed
+
+    @property
+    def film(self) -> bool:
+        """Whether cond and time enter through FiLM instead of the first layer."""
+        return isinstance(self.architecture, FiLMUNet)
+
+    @property
+    def norm_position(self) -> str | None:
+        """Where each hidden layer normalises: "after" its activation, "before" it, by "film" (before it), or None."""
+        if self.film:
+            return "film"
+        return None if self.norm is None else "before" if self.norm_first else "after"
+
+    @property
+    def trunk(self) -> tuple[Hidden, ...]:
+        """The hidden layers and how they are wired."""
+        return self.architecture.trunk(self.hidden)
 
     @property
     def state_features(self) -> int:
@@ -193,14 +371,59 @@ class FieldSpec:
 
     @property
     def time_features(self) -> int:
-        """Number of features the time embedding gives the first layer."""
-        return self.time_embedding.width()
+        """Number of features of time, behind its own MLP if it has one."""
+        return self.time_sizes[-1][1] if self.time_sizes else self.time_embedding.width()
 
     @property
     def layer_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(in, out) of every Dense layer, head included. The first layer's rows are ordered cond, state, time."""
-        widths = (self.cond_dim + self.state_features + self.time_features, *self.hidden, self.state_dim)
+        """(in, out) of the trunk's Dense layers and the head. The first layer's rows are ordered cond, state, time."""
+        first = self.state_features + (0 if self.film else self.cond_dim + self.time_features)
+        into = [sum(self.trunk[i].width for i in layer.inputs) or first for layer in self.trunk]
+        return (*zip(into, (layer.width for layer in self.trunk)), (self.trunk[-1].width, self.state_dim))
+
+    @property
+    def time_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of the time embedding's own Dense layers."""
+        widths = (self.time_embedding.width(), *getattr(self.time_embedding, "hidden", ()))
         return tuple(zip(widths[:-1], widths[1:], strict=True))
+
+    @property
+    def encoder_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of the Dense layers that encode cond for FiLM."""
+        if not isinstance(self.architecture, FiLMUNet) or not self.cond_dim:
+            return ()
+        widths = (self.cond_dim, *self.architecture.cond_hidden)
+        return tuple(zip(widths[:-1], widths[1:], strict=True))
+
+    @property
+    def film_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of each hidden layer's FiLM: [encoded cond, time features] -> [scale, shift]."""
+        if not self.film:
+            return ()
+        into = (self.encoder_sizes[-1][1] if self.encoder_sizes else 0) + self.time_features
+        return tuple((into, 2 * layer.width) for layer in self.trunk)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of tensors that `VelocityField.parameter_list` gives."""
+        norms = len(self.trunk) if self.norm else 0
+        return 2 * sum(map(len, (self.layer_sizes, range(norms), self.time_sizes, self.encoder_sizes, self.film_sizes)))
+
+    def parts(self, parameters: Sequence[Tensor]) -> Parts:
+        """A field's parameter list by what each tensor does."""
+        pairs = list(zip(parameters[::2], parameters[1::2], strict=True))
+        norms = len(self.trunk) if self.norm else 0
+        out = []
+        for count in (
+            len(self.layer_sizes),
+            norms,
+            len(self.time_sizes),
+            len(self.encoder_sizes),
+            len(self.film_sizes),
+        ):
+            out.append(pairs[:count])
+            pairs = pairs[count:]
+        return Parts(*out)
 
     @functools.cached_property
     def key(self) -> str:
@@ -213,21 +436,28 @@ class FieldSpec:
         return _spec_from_key(key)
 
 
-def _plain(value: object) -> object:
-    """An embedding as (class name, field values ...), anything else as it is."""
-    if isinstance(value, (Identity, Scaled, HLGauss, RawTime, Cosine, CosineFourier)):
+def _plain(value: Any) -> object:
+    """An embedding or architecture as (class name, field values ...), anything else as it is."""
+    if type(value).__name__ in _CLASSES:
         return (type(value).__name__, *(getattr(value, f.name) for f in fields(value)))
     return value
 
 
 @functools.lru_cache(maxsize=256)
 def _spec_from_key(key: str) -> FieldSpec:
-    embeddings = {c.__name__: c for c in (Identity, Scaled, HLGauss, RawTime, Cosine, CosineFourier)}
     values = dict(zip([f.name for f in fields(FieldSpec)], ast.literal_eval(key), strict=True))
-    for name in ("state_embedding", "time_embedding"):
+    for name in ("state_embedding", "time_embedding", "architecture"):
         kind, *arguments = values[name]
-        values[name] = embeddings[kind](*arguments)
+        values[name] = _CLASSES[kind](*arguments)
     return FieldSpec(**values)
+
+
+_TIME_EMBEDDINGS = (RawTime, Cosine, CosineFourier, PowerFourier, Sinusoidal)
+_ARCHITECTURES = (MLP, ResidualMLP, FiLMUNet)
+_CLASSES = {c.__name__: c for c in (Identity, Scaled, HLGauss, *_TIME_EMBEDDINGS, *_ARCHITECTURES)}
+
+
+# Modules ------------------------------------------------------------------------------------------------------------
 
 
 class Dense(nn.Module):
@@ -308,20 +538,25 @@ class DenseStack(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights anew from `generator` (torch's global one by default)."""
-        for module in (*self.layers, *self.norms):
+        for module in self._modules_in_order():
             module.reset_parameters(generator)
 
     def parameter_list(self) -> list[Tensor]:
-        """Weights and biases of every layer, then scales and shifts: the order the operators take them in.
+        """Weights and biases of every layer, then scales and shifts, then what else the network has: the order the
+        operators take them in.
 
         Read anew at every call, so `functional_call`, `.data` edits and swapped parameters are seen.
         """
         return list(self._ordered())
 
     def _ordered(self) -> Iterator[Tensor]:
-        for module in (*self.layers, *self.norms):
+        for module in self._modules_in_order():
             yield module.weight
             yield module.bias
+
+    def _modules_in_order(self) -> Iterator[Dense | LayerNormAffine]:
+        for modules in self.children():
+            yield from cast("nn.ModuleList", modules)  # type: ignore[misc]
 
 
 class VelocityField(DenseStack):
@@ -330,6 +565,9 @@ class VelocityField(DenseStack):
     Args:
         spec: the network.
         device, dtype: as for every torch module. Any floating dtype runs on the reference path, float64 included.
+
+    Parameters are `layers.{i}.weight`, `layers.{i}.bias` (the head is the last), with LayerNorm `norms.{i}.weight` and
+    `norms.{i}.bias`, with an MLP for time `time_layers.{i}`, with FiLM `encoder.{i}` and `films.{i}`.
 
     Calling the module evaluates the velocity once, on the reference path; `fastflow.integrate` and the losses take
     the module.
@@ -343,6 +581,13 @@ class VelocityField(DenseStack):
         super().__init__(spec.layer_sizes, spec.ensemble, spec.norm, device, dtype)
         self.spec = spec
         self.key = spec.key
+        for name, sizes in (
+            ("time_layers", spec.time_sizes),
+            ("encoder", spec.encoder_sizes),
+            ("films", spec.film_sizes),
+        ):
+            if sizes:
+                setattr(self, name, nn.ModuleList(Dense(i, o, spec.ensemble, device, dtype) for i, o in sizes))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """v(x_t, t, cond).

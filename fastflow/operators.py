@@ -22,7 +22,7 @@ from fastflow.kernels import launch, plan  # neither needs triton
 
 def _per_field(spec: FieldSpec, parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     """Each field's own parameters, out of the flat list an operator takes."""
-    n = 2 * len(spec.layer_sizes) + (2 * len(spec.hidden) if spec.norm else 0)
+    n = spec.num_parameters
     return [list(parameters[i : i + n]) for i in range(0, len(parameters), n)]
 
 
@@ -41,7 +41,7 @@ def reference_integrate(
 ) -> Tensor:
     fields = _per_field(spec, parameters)
     walks = [
-        reference.euler(spec, ps, x, c.unsqueeze(-2), num_steps, t_1, precision)
+        reference.integrate(spec, ps, x, c.unsqueeze(-2), num_steps, 0.0, t_1, precision=precision)
         for ps, (x, c) in zip(fields, _slices(spec, len(fields), x_0, cond), strict=True)
     ]
     if spec.ensemble is None:

@@ -22,13 +22,26 @@ if TYPE_CHECKING:
 # Path ---------------------------------------------------------------------------------------------------------------
 
 
-def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The optimal-transport path: x_t = (1 - t) x_0 + t x_1 and its velocity x_1 - x_0.
+def interpolate(x_0: Tensor, x_1: Tensor, t: Tensor, sigma_min: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The optimal-transport path (Lipman et al., arXiv:2210.02747, eq. 22-23): x_t = (1 - (1 - sigma_min) t) x_0 + t
+    x_1 and its velocity x_1 - (1 - sigma_min) x_0.
 
     `x_0`, `x_1` are [..., D], `t` is [...]; both results are [..., D].
     """
-    t = t.unsqueeze(-1)
-    return (1 - t) * x_0 + t * x_1, x_1 - x_0
+    t, keep = t.unsqueeze(-1), 1 - sigma_min
+    return (1 - keep * t) * x_0 + t * x_1, x_1 - (x_0 if sigma_min == 0 else keep * x_0)
+
+
+def error_scale(t: Tensor, error: str, sigma_min: float = 0.0) -> Tensor:
+    """What the squared velocity error is multiplied by to be that of the "noise" or the "endpoint" it implies.
+
+    On the path above x_0 = x_t - t v and x_1 = (1 - sigma_min) x_t + (1 - (1 - sigma_min) t) v, so an error of v counts
+    t^2 and (1 - (1 - sigma_min) t)^2 times (FPO, arXiv:2507.21053: the epsilon loss). `t` is [...], and so is the
+    result.
+    """
+    if error == "noise":
+        return t.square()
+    return (1 - (1 - sigma_min) * t).square()
 
 
 # Embeddings ---------------------------------------------------------------------------------------------------------
@@ -51,6 +64,20 @@ def hl_gauss(x: Tensor, low: float, high: float, bins: int, sigma: float) -> Ten
 def cosine_fourier(t: Tensor, dim: int) -> Tensor:
     """cos(i pi t) for i = 1..dim: [...] -> [..., dim]."""
     return torch.cos(math.pi * t.unsqueeze(-1) * torch.arange(1, dim + 1, dtype=t.dtype, device=t.device))
+
+
+def power_fourier(t: Tensor, dim: int) -> Tensor:
+    """cos(2^k t), then sin(2^k t), for k = 0..dim/2-1: [...] -> [..., dim]."""
+    angles = t.unsqueeze(-1) * 2.0 ** torch.arange(dim // 2, dtype=t.dtype, device=t.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def sinusoidal(t: Tensor, dim: int, max_period: float) -> Tensor:
+    """cos(w_i t), then sin(w_i t), for w_i = max_period^(-2 i / dim), i = 0..dim/2-1: [...] -> [..., dim]."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=t.dtype, device=t.device) * (-math.log(max_period) / half))
+    angles = t.unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 # Network ------------------------------------------------------------------------------------------------------------
@@ -78,9 +105,11 @@ def activate(x: Tensor, activation: str) -> Tensor:
         return F.gelu(x, approximate="tanh")
     if activation == "silu":
         return F.silu(x)
-    if activation == "relu":
-        return F.relu(x)
-    raise ValueError(f"activation must be gelu_tanh, silu or relu, got {activation!r}")
+    if activation in ("gelu", "relu", "elu", "mish"):
+        return getattr(F, activation)(x)
+    if activation == "tanh":
+        return x.tanh()
+    raise ValueError(f"activation must be gelu_tanh, gelu, silu, relu, elu, mish or tanh, got {activation!r}")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -111,21 +140,69 @@ def dense_stack(
         [..., out] in x's dtype.
     """
     if parameters[0].dim() == 3 and not x.is_cuda:
-        # Member by member: the CPU's batched product runs at a fraction of the plain one's rate, and one member's
-        # LayerNorm is one operation with its scale and shift.
+        # Member by member: see `velocity`.
         members = zip(x, *parameters, strict=True)
         return torch.stack([dense_stack(row, ps, activation, norm, eps, precision) for row, *ps in members])
     n = num_layers(parameters, norm)
-    for i in range(n - 1):
-        x = activate(dense(x, parameters[2 * i], parameters[2 * i + 1], precision), activation)
-        if norm == "layer":
-            x = layer_norm(x, parameters[2 * (n + i)], parameters[2 * (n + i) + 1], eps)
-    return dense(x, parameters[2 * n - 2], parameters[2 * n - 1], precision)
+    pairs = list(zip(parameters[::2], parameters[1::2], strict=True))
+    wiring = [((i - 1,) if i else (), None) for i in range(n - 1)]
+    position = "after" if norm == "layer" else None
+    return trunk(x, wiring, pairs[:n], pairs[n:], [], activation, position, eps, precision)
+
+
+def trunk(
+    x: Tensor,
+    wiring: Sequence[tuple[tuple[int, ...], int | None]],
+    layers: Sequence[tuple[Tensor, Tensor]],
+    norms: Sequence[tuple[Tensor, Tensor]],
+    films: Sequence[Tensor],
+    activation: str,
+    norm_position: str | None,
+    eps: float,
+    precision: str | None = None,
+) -> Tensor:
+    """Hidden layers wired as (inputs, add) of `fields.Hidden`, then the head; films [..., 2 H] hold scale and shift."""
+    outputs: list[Tensor] = []
+    for i, (inputs, add) in enumerate(wiring):
+        y = x
+        if inputs:
+            y = torch.cat([outputs[j] for j in inputs], dim=-1) if len(inputs) > 1 else outputs[inputs[0]]
+        y = dense(y, *layers[i], precision)
+        if norm_position == "before":
+            y = layer_norm(y, *norms[i], eps)
+        elif norm_position == "film":
+            scale, shift = films[i].chunk(2, dim=-1)
+            y = F.layer_norm(y, y.shape[-1:], eps=eps) * (1 + scale) + shift
+        y = activate(y, activation)
+        if norm_position == "after":
+            y = layer_norm(y, *norms[i], eps)
+        outputs.append(y if add is None else y + outputs[add])
+    return dense(outputs[-1], *layers[-1], precision)
 
 
 def num_layers(parameters: Sequence[Tensor], norm: str | None) -> int:
     """Number of Dense layers, head included, in a parameter list: each brings two tensors, each LayerNorm two more."""
     return (len(parameters) + 2) // 4 if norm == "layer" else len(parameters) // 2
+
+
+def mlp(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], activation: str, precision: str | None = None) -> Tensor:
+    """Dense -> activation per layer, the last one included."""
+    for weight, bias in layers:
+        x = activate(dense(x, weight, bias, precision), activation)
+    return x
+
+
+def film(encoded: Tensor | None, time: Tensor, weight: Tensor, bias: Tensor, precision: str | None = None) -> Tensor:
+    """FiLM of one hidden layer of width H: Dense of [encoded cond, time features], [..., 2 H].
+
+    The two halves of the product are taken apart, so that leading shapes need only broadcast.
+    """
+    out = dense(time, weight[-time.shape[-1] :], torch.zeros_like(bias), precision)
+    return out + (bias if encoded is None else dense(encoded, weight[: -time.shape[-1]], bias, precision))
+
+
+# Predictions of x_1 and x_0 turn into velocities by a division that ends at 1 - t = 0 and t = 0.
+TIME_MARGIN = 1e-3
 
 
 def velocity(
@@ -146,37 +223,122 @@ def velocity(
     Returns:
         The velocity, shaped and typed as x_t.
     """
+    cond = None if cond is None or not cond.shape[-1] else cond.to(x_t.dtype)
+    t = t.to(x_t.dtype)
+    if parameters[0].dim() == 3 and (spec.film or not x_t.is_cuda):
+        # Member by member: the CPU's batched product runs at a fraction of the plain one's rate, and one member's
+        # LayerNorm is one operation with its scale and shift.
+        dims = x_t.dim() - 1
+        return torch.stack(
+            [
+                velocity(
+                    spec,
+                    [p[e] for p in parameters],
+                    row,
+                    _member(t, e, dims),
+                    None if cond is None else _member(cond, e, dims + 1),
+                    precision,
+                )
+                for e, row in enumerate(x_t)
+            ]
+        )
+    out = _head(spec, parameters, x_t, t, cond, precision)
+    if spec.output_scale != 1:
+        out = out * spec.output_scale
+    if spec.prediction == "velocity":
+        return out
+    t = t.unsqueeze(-1)
+    if spec.prediction == "endpoint":
+        return (out - x_t) / (1 - t).clamp_min(TIME_MARGIN)
+    return (x_t - out) / t.clamp_min(TIME_MARGIN)
+
+
+def _member(x: Tensor, e: int, dims: int) -> Tensor:
+    """Member e's share of a tensor that broadcasts to `dims` axes, the first of which is E."""
+    return x if x.dim() < dims else x[e if x.shape[0] > 1 else 0]
+
+
+def _head(
+    spec: FieldSpec, parameters: Sequence[Tensor], x_t: Tensor, t: Tensor, cond: Tensor | None, precision: str | None
+) -> Tensor:
+    """The head's output, [..., D]."""
+    parts = spec.parts(parameters)
     lead = x_t.shape[:-1]
-    features = [spec.state_embedding.features(x_t), spec.time_embedding.features(t.to(x_t.dtype).expand(lead))]
-    if cond is not None and cond.shape[-1]:
-        features.insert(0, cond.to(x_t.dtype).expand(*lead, cond.shape[-1]))
-    x = torch.cat(features, dim=-1)
-    return dense_stack(x, parameters, spec.activation, spec.norm, spec.norm_eps, precision)
+    state = spec.state_embedding.features(x_t)
+    films: list[Tensor] = []
+    if spec.film:
+        time = mlp(spec.time_embedding.features(t), parts.time, spec.activation, precision)
+        encoded = None if cond is None else mlp(cond, parts.encoder, spec.activation, precision)
+        films = [film(encoded, time, weight, bias, precision) for weight, bias in parts.films]
+        x = state
+    else:
+        # Members side by side have weights that want t with its E axis; else t is embedded before it is spread over
+        # rows.
+        time = spec.time_embedding.features(t.expand(lead) if parameters[0].dim() == 3 else t)
+        time = mlp(time, parts.time, spec.activation, precision)
+        features = [state, time.expand(*lead, time.shape[-1])]
+        if cond is not None:
+            features.insert(0, cond.expand(*lead, cond.shape[-1]))
+        x = torch.cat(features, dim=-1)
+    wiring = [(layer.inputs, layer.add) for layer in spec.trunk]
+    return trunk(
+        x, wiring, parts.layers, parts.norms, films, spec.activation, spec.norm_position, spec.norm_eps, precision
+    )
 
 
 # Integration and losses ---------------------------------------------------------------------------------------------
 
 
-def euler(
+# Two-stage Runge-Kutta schemes as (a, b_1, b_2): v_1 at x, v_2 at x + a h v_1 and t + a h, x + h (b_1 v_1 + b_2 v_2).
+SCHEMES = {"midpoint": (0.5, 0.0, 1.0), "heun": (1.0, 0.5, 0.5)}
+
+
+def integrate(
     spec: FieldSpec,
     parameters: Sequence[Tensor],
     x_0: Tensor,
     cond: Tensor | None,
     num_steps: int,
-    t_1: float = 1.0,
+    t_0: float | Tensor = 0.0,
+    t_1: float | Tensor = 1.0,
+    method: str = "euler",
     precision: str | None = None,
+    step_noise: Tensor | None = None,
     trajectory: bool = False,
 ) -> Tensor:
-    """x_{k+1} = x_k + (t_1 / K) v(x_k, t_1 k / K, cond) for k = 0..K-1 (left end points, floq eq. for the integrated
-    value).
+    """x_K of dx/dt = v(x, t, cond) from x_0 at t_0 to t_1 in K steps of h = (t_1 - t_0) / K.
 
-    Shapes as in `velocity`, x_0 with its E axis if there is an ensemble. Returns x_K, or [K + 1, ...] with every x_k.
+    "euler" steps by v at the left end point; "midpoint" and "heun" are the two schemes of `SCHEMES`.
+
+    Args:
+        x_0, cond: as in `velocity`, x_0 with its E axis if there is an ensemble.
+        t_0, t_1: numbers, or tensors that broadcast to the leading shape of x_0.
+        step_noise: [K, ...] added to x behind each step.
+
+    Returns:
+        x_K, or with `trajectory` [K + 1, ...] with every x_k.
     """
     x, path = x_0, [x_0]
+    h = (t_1 - t_0) / num_steps
+    h_x = h.unsqueeze(-1) if isinstance(h, Tensor) else h
+
+    def v(x: Tensor, k: float) -> Tensor:
+        # k / K is computed, never accumulated: the last step ends exactly at t_1.
+        t = t_0 + (t_1 - t_0) * k / num_steps
+        if not isinstance(t, Tensor):
+            t = torch.full((), t, dtype=x.dtype, device=x.device)
+        return velocity(spec, parameters, x, t, cond, precision)
+
     for k in range(num_steps):
-        # k / K is computed, never accumulated: the last step starts exactly at t_1 (K - 1) / K.
-        t = torch.full((), t_1 * k / num_steps, dtype=x.dtype, device=x.device)
-        x = x + velocity(spec, parameters, x, t, cond, precision) * (t_1 / num_steps)
+        if method == "euler":
+            x = x + v(x, k) * h_x
+        else:
+            a, b_1, b_2 = SCHEMES[method]
+            v_1 = v(x, k)
+            v_2 = v(x + v_1 * (a * h_x), k + a)
+            x = x + (b_1 * v_1 + b_2 * v_2 if b_1 else v_2) * h_x
+        if step_noise is not None:
+            x = x + step_noise[k]
         path.append(x)
     return torch.stack(path) if trajectory else x
 

@@ -626,7 +626,7 @@ class FloqAgent:
         cond = torch.cat((self._normalize(observations), actions), -1).unsqueeze(1)
         parameters = floq.field.parameter_list()
         steps = self.config.critic_flow_steps
-        path = reference.euler(floq.field.spec, parameters, start, cond, steps, trajectory=True)
+        path = reference.integrate(floq.field.spec, parameters, start, cond, steps, trajectory=True)
         return path.squeeze(-1).movedim(0, -1)
 
     # State ----------------------------------------------------------------------------------------------------------
