@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from fastflow.modules import FlowCritic, FlowPolicy, OneStepPolicy, ValueNetwork
     from fastflow.ops import flow_matching_loss, integrate, velocity_matching_loss
+    from fastflow.philox import PhiloxNoise
 
 __all__ = [
     "MLP",
@@ -38,6 +39,7 @@ __all__ = [
     "HLGauss",
     "Identity",
     "OneStepPolicy",
+    "PhiloxNoise",
     "PowerFourier",
     "RawTime",
     "ResidualMLP",
@@ -69,6 +71,7 @@ _MODULES = {
     ],
     "modules": ["FlowCritic", "FlowPolicy", "OneStepPolicy", "ValueNetwork"],
     "ops": ["flow_matching_loss", "integrate", "velocity_matching_loss"],
+    "philox": ["PhiloxNoise"],
 }
 
 

@@ -428,7 +428,7 @@ class FieldSpec:
     @functools.cached_property
     def key(self) -> str:
         """A string that `FieldSpec.from_key` turns back into this spec: so a spec passes through a torch operator."""
-        return repr(tuple(_plain(getattr(self, f.name)) for f in fields(self)))
+        return repr(_plain(self)[1:])
 
     @staticmethod
     def from_key(key: str) -> FieldSpec:
@@ -436,11 +436,21 @@ class FieldSpec:
         return _spec_from_key(key)
 
 
-def _plain(value: Any) -> object:
-    """An embedding or architecture as (class name, field values ...), anything else as it is."""
-    if type(value).__name__ in _CLASSES:
-        return (type(value).__name__, *(getattr(value, f.name) for f in fields(value)))
-    return value
+def _plain(described: Any) -> tuple[Any, ...]:
+    """A spec, embedding or architecture as (class name, field values ...).
+
+    Numbers become what their field is annotated with: equal specs have equal keys, whether 1000, 1000.0 or numpy's
+    1000.0 was given.
+    """
+    values = []
+    for f in fields(described):
+        value = getattr(described, f.name)
+        if f.type in _NUMBERS:
+            value = _NUMBERS[f.type](value)
+        elif type(value).__name__ in _CLASSES:
+            value = _plain(value)
+        values.append(value)
+    return (type(described).__name__, *values)
 
 
 @functools.lru_cache(maxsize=256)
@@ -452,6 +462,7 @@ def _spec_from_key(key: str) -> FieldSpec:
     return FieldSpec(**values)
 
 
+_NUMBERS: dict[Any, type] = {"int": int, "float": float, "bool": bool}
 _TIME_EMBEDDINGS = (RawTime, Cosine, CosineFourier, PowerFourier, Sinusoidal)
 _ARCHITECTURES = (MLP, ResidualMLP, FiLMUNet)
 _CLASSES = {c.__name__: c for c in (Identity, Scaled, HLGauss, *_TIME_EMBEDDINGS, *_ARCHITECTURES)}

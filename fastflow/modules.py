@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fastflow import ops, reference
 from fastflow.fields import (
+    MLP,
+    Architecture,
     Cosine,
     DenseStack,
     FieldSpec,
@@ -40,8 +42,8 @@ class FlowCritic(nn.Module):
         num_samples: S starts per value; the value is their mean.
         bins, sigma: of the HL-Gauss embedding; `state_embedding` replaces it altogether.
         time_embedding: default `Cosine()`, as released.
-        activation, norm: see `FieldSpec`.
-        backend, precision: see `fastflow.integrate`.
+        activation, norm, norm_first, architecture, output_scale, prediction: see `FieldSpec`.
+        method, backend, precision: see `fastflow.integrate`.
         device, dtype: as for every module.
     """
 
@@ -62,6 +64,11 @@ class FlowCritic(nn.Module):
         time_embedding: TimeEmbedding = Cosine(),  # noqa: B008 (frozen)
         activation: str = "gelu_tanh",
         norm: str | None = "layer",
+        norm_first: bool = False,
+        architecture: Architecture = MLP(),  # noqa: B008 (frozen)
+        output_scale: float = 1.0,
+        prediction: str = "velocity",
+        method: str = "euler",
         backend: str | None = None,
         precision: str | None = None,
         device: torch.device | str | None = None,
@@ -80,6 +87,10 @@ class FlowCritic(nn.Module):
             norm=norm,
             state_embedding=state_embedding or HLGauss(low, high, bins, sigma),
             time_embedding=time_embedding,
+            norm_first=norm_first,
+            architecture=architecture,
+            output_scale=output_scale,
+            prediction=prediction,
         )
         self.field = VelocityField(spec, device, dtype)
         self.obs_dim, self.action_dim = obs_dim, action_dim
@@ -87,7 +98,7 @@ class FlowCritic(nn.Module):
         self.noise_range = tuple(map(float, noise_range or value_range))
         if self.noise_range[0] > self.noise_range[1]:
             raise ValueError(f"FlowCritic: noise_range must be (low, high), got {self.noise_range}")
-        self.num_steps, self.num_samples = num_steps, num_samples
+        self.num_steps, self.num_samples, self.method = num_steps, num_samples, method
         self.backend, self.precision = backend, precision
 
     @classmethod
@@ -132,6 +143,7 @@ class FlowCritic(nn.Module):
             self._starts(u),
             cond,
             num_steps=num_steps or self.num_steps,
+            method=self.method,
             backend=self.backend,
             precision=self.precision,
         )
@@ -153,6 +165,7 @@ class FlowCritic(nn.Module):
         *,
         weight: Tensor | None = None,
         reduction: str = "mean",
+        error: str = "velocity",
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Flow-matching loss towards a target value (floq, critic loss): regress v(z_t, t) on target - z_0.
@@ -162,6 +175,7 @@ class FlowCritic(nn.Module):
             noise, t: uniform draws in [0, 1], [..., S]; drawn from `generator` if None.
             weight: [..., S] or [...].
             reduction: "mean", "sum" or "none" (over members, rows and samples).
+            error: see `fastflow.flow_matching_loss`.
 
         Returns:
             0-d, or with "none" [..., S], [E, ..., S] with an ensemble.
@@ -183,6 +197,7 @@ class FlowCritic(nn.Module):
             cond,
             weight=weight,
             reduction=reduction,
+            error=error,
             backend=self.backend,
             precision=self.precision,
         )
@@ -209,10 +224,11 @@ class FlowPolicy(nn.Module):
 
     Args:
         obs_dim, action_dim: O and A.
-        hidden, activation, norm, time_embedding: of the velocity network.
+        hidden, activation, norm, norm_first, time_embedding, architecture, output_scale, prediction: of the velocity
+            network, see `FieldSpec`.
         num_steps: K of a call, also an argument of every call.
         clip: actions are clipped to [-clip, clip]; None for none.
-        backend, precision: see `fastflow.integrate`.
+        method, backend, precision: see `fastflow.integrate`.
     """
 
     def __init__(
@@ -223,9 +239,14 @@ class FlowPolicy(nn.Module):
         hidden: Sequence[int] = (512, 512, 512, 512),
         activation: str = "gelu_tanh",
         norm: str | None = None,
+        norm_first: bool = False,
         time_embedding: TimeEmbedding = RawTime(),  # noqa: B008 (frozen)
+        architecture: Architecture = MLP(),  # noqa: B008 (frozen)
+        output_scale: float = 1.0,
+        prediction: str = "velocity",
         num_steps: int = 10,
         clip: float | None = 1.0,
+        method: str = "euler",
         backend: str | None = None,
         precision: str | None = None,
         device: torch.device | str | None = None,
@@ -233,11 +254,20 @@ class FlowPolicy(nn.Module):
     ) -> None:
         super().__init__()
         spec = FieldSpec(
-            action_dim, obs_dim, tuple(hidden), activation=activation, norm=norm, time_embedding=time_embedding
+            action_dim,
+            obs_dim,
+            tuple(hidden),
+            activation=activation,
+            norm=norm,
+            time_embedding=time_embedding,
+            norm_first=norm_first,
+            architecture=architecture,
+            output_scale=output_scale,
+            prediction=prediction,
         )
         self.field = VelocityField(spec, device, dtype)
         self.obs_dim, self.action_dim = obs_dim, action_dim
-        self.num_steps, self.clip = num_steps, clip
+        self.num_steps, self.clip, self.method = num_steps, clip, method
         self.backend, self.precision = backend, precision
 
     def forward(
@@ -246,16 +276,38 @@ class FlowPolicy(nn.Module):
         noise: Tensor | None = None,
         *,
         num_steps: int | None = None,
+        deterministic: bool = False,
+        step_noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Actions [..., A] for obs [..., O]; `noise` [..., A] is drawn from N(0, I) by `generator` if None."""
+        """Actions.
+
+        Args:
+            obs: [..., O].
+            noise: where the walks start, [..., A]; drawn from N(0, I) by `generator` if None.
+            num_steps: K of this call.
+            deterministic: start at zero instead (FPO++'s evaluation).
+            step_noise: [K, ..., A], added behind each step (FPO's exploration).
+
+        Returns:
+            [..., A].
+        """
         cond, lead = _rows(self, obs, None)
-        x_0 = _normal(self, noise, lead, cond, generator)
+        if deterministic and noise is not None:
+            raise ValueError("FlowPolicy: noise must be None where deterministic is True")
+        if step_noise is not None:
+            if step_noise.shape[1:] != (*lead, self.action_dim):
+                expected = ["K", *lead, self.action_dim]
+                raise ValueError(f"FlowPolicy: step_noise must be {expected}, got {list(step_noise.shape)}")
+            step_noise = step_noise.reshape(step_noise.shape[0], cond.shape[0], self.action_dim)
+        x_0 = None if deterministic else _normal(self, noise, lead, cond, generator)
         x_1 = ops.integrate(
             self.field,
             x_0,
             cond,
             num_steps=num_steps or self.num_steps,
+            method=self.method,
+            step_noise=step_noise,
             backend=self.backend,
             precision=self.precision,
         )
@@ -270,12 +322,15 @@ class FlowPolicy(nn.Module):
         *,
         weight: Tensor | None = None,
         reduction: str = "mean",
+        dim_reduction: str = "mean",
+        error: str = "velocity",
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Flow-matching (behaviour cloning) loss: mean over A of (v(x_t, t | obs) - (action - noise))^2.
 
         obs [..., O], action and noise [..., A], t and weight [...]; noise and t are drawn from `generator` if None.
-        Returns 0-d, or [...] with `reduction="none"`.
+        `reduction`, `dim_reduction` and `error` as in `fastflow.flow_matching_loss`. Returns 0-d, or [...] with
+        `reduction="none"`.
         """
         cond, lead = _rows(self, obs, None)
         x_0 = _normal(self, noise, lead, cond, generator)
@@ -289,6 +344,8 @@ class FlowPolicy(nn.Module):
             cond,
             weight=None if weight is None else weight.reshape(-1),
             reduction=reduction,
+            dim_reduction=dim_reduction,
+            error=error,
             backend=self.backend,
             precision=self.precision,
         )

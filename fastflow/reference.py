@@ -41,7 +41,9 @@ def error_scale(t: Tensor, error: str, sigma_min: float = 0.0) -> Tensor:
     """
     if error == "noise":
         return t.square()
-    return (1 - (1 - sigma_min) * t).square()
+    if error == "endpoint":
+        return (1 - (1 - sigma_min) * t).square()
+    raise ValueError(f"error must be noise or endpoint, got {error!r}")
 
 
 # Embeddings ---------------------------------------------------------------------------------------------------------
@@ -224,6 +226,10 @@ def velocity(
         The velocity, shaped and typed as x_t.
     """
     cond = None if cond is None or not cond.shape[-1] else cond.to(x_t.dtype)
+    if cond is None and spec.cond_dim:  # FiLM's sum of two products would go without it
+        raise ValueError(f"velocity: cond must be [..., {spec.cond_dim}], got None")
+    if parameters[0].dim() == 3 and x_t.shape[0] != parameters[0].shape[0]:
+        raise ValueError(f"velocity: x_t must be [{parameters[0].shape[0]}, ..., D], got {list(x_t.shape)}")
     t = t.to(x_t.dtype)
     if parameters[0].dim() == 3 and (spec.film or not x_t.is_cuda):
         # Member by member: the CPU's batched product runs at a fraction of the plain one's rate, and one member's
@@ -320,11 +326,11 @@ def integrate(
     """
     x, path = x_0, [x_0]
     h = (t_1 - t_0) / num_steps
-    h_x = h.unsqueeze(-1) if isinstance(h, Tensor) else h
+    h_x = h.unsqueeze(-1).to(x.dtype) if isinstance(h, Tensor) else h
 
     def v(x: Tensor, k: float) -> Tensor:
-        # k / K is computed, never accumulated: the last step ends exactly at t_1.
-        t = t_0 + (t_1 - t_0) * k / num_steps
+        # k / K is computed, never accumulated, and both ends are weighed: the last step ends exactly at t_1.
+        t = (1 - k / num_steps) * t_0 + k / num_steps * t_1
         if not isinstance(t, Tensor):
             t = torch.full((), t, dtype=x.dtype, device=x.device)
         return velocity(spec, parameters, x, t, cond, precision)

@@ -27,23 +27,84 @@ from . import plan
 
 # Networks the table is printed for: floq's critic, FQL's actor, the demo's critic, in the precisions of the operators.
 FLOQ = plan.Network(
-    1, 42, (512,) * 4, "gelu_tanh", True, 1e-6, "hl_gauss", 50, -101.0, 1.0, 16.0, "cosine", 1, precision="bf16"
+    state_dim=1,
+    cond_dim=42,
+    hidden=(512,) * 4,
+    inputs=((), (0,), (1,), (2,)),
+    add=(-1,) * 4,
+    activation="gelu_tanh",
+    norm="after",
+    eps=1e-6,
+    state_embedding="hl_gauss",
+    state_features=50,
+    low=-101.0,
+    high=1.0,
+    sigma=16.0,
+    time_embedding="cosine",
+    time_features=1,
+    prediction="velocity",
+    output_scale=1.0,
+    precision="bf16",
 )
-ACTOR = plan.Network(
-    5, 37, (512,) * 4, "gelu_tanh", False, 1e-6, "identity", 5, 0.0, 1.0, 1.0, "raw", 1, precision="bf16"
+
+
+def _chain(net: plan.Network, *hidden: int, **changes: object) -> plan.Network:
+    """The network with other hidden layers, one behind the other."""
+    inputs = tuple((i - 1,) if i else () for i in range(len(hidden)))
+    return dataclasses.replace(net, hidden=hidden, inputs=inputs, add=(-1,) * len(hidden), **changes)
+
+
+_IDENTITY = dict(state_embedding="identity", low=0.0, high=1.0, sigma=1.0)
+ACTOR = dataclasses.replace(
+    FLOQ, state_dim=5, state_features=5, cond_dim=37, norm="none", time_embedding="raw", **_IDENTITY
+)
+RESIDUAL = dataclasses.replace(
+    _chain(FLOQ, *(512,) * 9), add=tuple(i - 4 if i and i % 4 == 0 else -1 for i in range(9))
+)
+UNET = dataclasses.replace(
+    ACTOR,
+    state_dim=4,
+    state_features=4,
+    cond_dim=6,
+    hidden=(512,) * 6,
+    inputs=((), (0,), (1,), (2,), (3, 1), (4, 0)),
+    add=(-1,) * 6,
+    activation="mish",
+    norm="film",
+    time_embedding="given",
+    time_features=256,
+)
+FPO = _chain(
+    ACTOR,
+    *(32,) * 4,
+    state_dim=6,
+    state_features=6,
+    cond_dim=17,
+    activation="silu",
+    output_scale=0.25,
+    time_embedding="power_fourier",
+    time_features=8,
 )
 CASES = {
     "floq": FLOQ,
     "floq-tf32": dataclasses.replace(FLOQ, precision="tf32"),
     "floq-fp32": dataclasses.replace(FLOQ, precision="fp32"),
-    "floq-1024": dataclasses.replace(FLOQ, hidden=(1024,) * 4),
-    "floq-256": dataclasses.replace(FLOQ, hidden=(256,) * 4),
-    "floq-64": dataclasses.replace(FLOQ, hidden=(64, 64)),
-    "floq-64-tf32": dataclasses.replace(FLOQ, hidden=(64, 64), precision="tf32"),
+    "floq-1024": _chain(FLOQ, *(1024,) * 4),
+    "floq-256": _chain(FLOQ, *(256,) * 4),
+    "floq-64": _chain(FLOQ, 64, 64),
+    "floq-64-tf32": _chain(FLOQ, 64, 64, precision="tf32"),
+    "floq-first": dataclasses.replace(FLOQ, norm="before"),
+    "floq-residual": RESIDUAL,
     "actor": ACTOR,
     "actor-tf32": dataclasses.replace(ACTOR, precision="tf32"),
+    "td-flow": UNET,
+    "td-flow-tf32": dataclasses.replace(UNET, precision="tf32"),
+    "td-flow-1024": dataclasses.replace(UNET, hidden=(1024,) * 6),
+    "fpo": FPO,
+    "fpo++": _chain(FPO, *(256,) * 3, state_dim=12, state_features=12, cond_dim=48, activation="elu"),
+    "fpo++-track": _chain(FPO, 1024, 512, 256, state_dim=29, state_features=29, cond_dim=160, activation="elu"),
 }
-KERNELS = ("integrate_fwd", "matching_fwd", "matching_bwd")
+KERNELS = ("integrate_fwd", "matching_fwd-save", "backward-loss-weights", "backward-recompute-weights")
 ARCHES = tuple(plan.SHARED_MEMORY)
 
 
@@ -82,7 +143,7 @@ class Resources:
 def entries(kernel: str, case: str, arch: int) -> tuple[plan.Tiles, ...]:
     """The plan's tiles for one kernel, network and arch."""
     net = CASES[case]
-    return plan.candidates(kernel, arch, net.precision, net.width_padded)
+    return plan.candidates(kernel, arch, net)
 
 
 def compile_kernel(kernel: str, case: str, arch: int, tiles: plan.Tiles) -> Resources:
@@ -97,8 +158,8 @@ def compile_kernel(kernel: str, case: str, arch: int, tiles: plan.Tiles) -> Reso
 
     function, types, constants = arguments(kernel, CASES[case], tiles)
     signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
-    # What a launch knows of its arguments: every pointer is aligned to 16 bytes, MP is a multiple of 16.
-    aligned = [i for i, name in enumerate(function.arg_names) if signature[name].startswith("*") or name == "MP"]
+    # What a launch knows of its arguments: every pointer is aligned to 16 bytes.
+    aligned = [i for i, name in enumerate(function.arg_names) if signature[name].startswith("*")]
     source = ASTSource(
         fn=function,
         signature=signature,
@@ -144,45 +205,69 @@ def compile_kernel(kernel: str, case: str, arch: int, tiles: plan.Tiles) -> Reso
 
 def arguments(kernel: str, net: plan.Network, tiles: plan.Tiles) -> tuple[object, dict[str, str], dict[str, object]]:
     """A kernel's function, the types of its run-time arguments and its constexpr values, as the launchers give them."""
-    from .integrate import constants, integrate_fwd_kernel
-    from .matching import matching_bwd_kernel, matching_fwd_kernel
+    from .backward import backward_kernel
+    from .integrate import integrate_fwd_kernel
+    from .matching import matching_fwd_kernel
+    from .pack import constants
 
+    base, *flags = kernel.split("-")
     function = {
         "integrate_fwd": integrate_fwd_kernel,
         "matching_fwd": matching_fwd_kernel,
-        "matching_bwd": matching_bwd_kernel,
-    }[kernel]
+        "backward": backward_kernel,
+    }[base]
     packed = "*bf16" if net.precision == "bf16" else "*fp32"
-    stored = {
-        "w_cond_ptr",
-        "w_feat_ptr",
-        "w_hidden_ptr",
-        "c_ptr",
-        "y_ptr",
-        "feat_ptr",
-        "pre_ptr",
-        "h_ptr",
-        "xhat_ptr",
-        "dpre_ptr",
-    }
-    integers = {"M", "MP", "samples", "num_steps", "cond_stride_e"}
     types = {}
     for name in function.arg_names:
-        if name.endswith("_ptr"):
-            types[name] = packed if name in stored else "*fp32"
+        if name in _STORED:
+            types[name] = packed
+        elif name.endswith("_ptr"):
+            types[name] = "*i64" if name in ("seed_ptr", "ids_ptr") else "*fp32"
         else:
-            types[name] = "i32" if name in integers else "fp32"
-    values = constants(net, time=kernel != "integrate_fwd") | {
-        "T": net.time_features,
-        "TIME": net.time_embedding,
+            types[name] = "i32" if name in _INTEGERS else "fp32"
+    per_row = base == "matching_fwd" or "loss" in flags or "rows" in flags
+    method = next((m for m in ("midpoint", "heun") if m in flags), "euler")
+    values = constants(net, shared_times=not per_row) | {
+        "V": plan.evaluations(method),
+        "METHOD": method,
         "INTERPOLATE": True,
-        "SAVE": True,
-        "FAST": net.precision == "bf16",
+        "DRAW": "draw" in flags,
+        "DRAW_TIME": "draw" in flags,
+        "LOSS": "loss" in flags,
+        "PATH": "path" in flags,
+        "NOISE": "noise" in flags,
+        "KEEP": "keep" in flags or "save" in flags,
+        "SAVE": "save" in flags,
+        "RECOMPUTE": "recompute" in flags,
+        "WEIGHTS": "weights" in flags,
+        "DCOND": True,
         "BM": tiles.rows,
         "BN": tiles.columns,
         "STAGES": tiles.num_stages,
     }
+    if values["ARITH"] == "emulate":
+        values["ARITH"] = "fast"
     return function, types, {name: values[name] for name in function.arg_names if name in values}
+
+
+_STORED = {
+    "c_ptr",
+    "feat_ptr",
+    "film_ptr",
+    "w_feat_ptr",
+    "w_time_ptr",
+    "w_film_ptr",
+    "w_hidden_ptr",
+    "pre_ptr",
+    "y_ptr",
+    "h_ptr",
+    "dpre_ptr",
+    "xhat_ptr",
+    "dfilm_ptr",
+    "state_ptr",
+    "dtime_ptr",
+}
+_INTEGERS = {"M", "MP", "samples", "num_steps", "film_stride_e", "film_stride_b", "i_low", "i_high", "R_P", "R_D"}
 
 
 def table(

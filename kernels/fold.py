@@ -1,9 +1,6 @@
-"""Packing weights for the kernels: LayerNorm folded into the Dense layer behind it, padded, cast; and the way back
-for gradients."""
+"""LayerNorm folded into the Dense layer behind it, padded and cast for the kernels; and the way back for gradients."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -11,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
+from .launch import arith
+from .tile import cast
 
 
 @triton.jit
@@ -23,12 +22,14 @@ def fold_kernel(
     b_out_ptr,
     stride_e,
     stride_in,
+    stride_out,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     IN_P: tl.constexpr,
     OUT_P: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
+    ARITH: tl.constexpr,
     BI: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -67,8 +68,8 @@ def fold_kernel(
             b_g = tl.load(scale_ptr + i_e * IN + o_i, mask=o_i < IN, other=0.0).to(tl.float32)
             b_w = tl.where(m, b_g[:, None] * b_w - b_mean[None, :], 0.0)
         tl.store(
-            w_out_ptr + i_e * IN_P * OUT_P + o_i[:, None] * OUT_P + o_n[None, :],
-            b_w.to(w_out_ptr.dtype.element_ty),
+            w_out_ptr + i_e * stride_out + o_i[:, None] * OUT_P + o_n[None, :],
+            cast(b_w, w_out_ptr.dtype.element_ty, ARITH),
             mask=(o_i < IN_P)[:, None] & (o_n < OUT_P)[None, :],
         )
 
@@ -117,75 +118,13 @@ def unfold_kernel(
     tl.store(dshift_ptr + i_e * IN + o_i, b_dshift, mask=m_i)
 
 
-@dataclass
-class Packed:
-    """The weights of all members as the kernels read them; lives for one call."""
-
-    w_cond: Tensor  # [E, CP, HP] in the products' dtype
-    w_feat: Tensor  # [E, FP, HP]
-    bias: Tensor  # [E, HP] float32, of the first layer
-    w_hidden: Tensor  # [L - 1, E, HP, HP]
-    b_hidden: Tensor  # [L - 1, E, HP] float32
-    w_out: Tensor  # [E, HP, DP] float32
-    b_out: Tensor  # [E, DP] float32
-
-
-def product_dtype(net: plan.Network) -> torch.dtype:
-    """What the operands of the matrix products are stored as."""
-    return torch.bfloat16 if net.precision == "bf16" else torch.float32
-
-
-def members(parameters: list[Tensor]) -> list[Tensor]:
-    """Parameters with an E axis: a network without an ensemble is one member."""
-    return [p.unsqueeze(0) if parameters[0].dim() == 2 else p for p in parameters]
-
-
-def pack(fields: list[list[Tensor]], net: plan.Network, time: bool, inputs: bool = True) -> Packed:
-    """Pack several fields of one network, their members one behind the other.
-
-    `time` keeps the time rows beside the state rows; without `inputs` the first layer is left out.
-    """
-    fields = [members(ps) for ps in fields]
-    first = fields[0][0]
-    e = sum(ps[0].shape[0] for ps in fields)
-    dtype, layers, hp = product_dtype(net), net.layers, net.width_padded
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, device=first.device, dtype=dtype)
-
-    packed = Packed(
-        w_cond=empty(e, net.cond_padded, hp, dtype=dtype),
-        w_feat=empty(e, net.features_padded(time), hp, dtype=dtype),
-        bias=empty(e, hp),
-        w_hidden=empty(layers - 1, e, hp, hp, dtype=dtype),
-        b_hidden=empty(layers - 1, e, hp),
-        w_out=empty(e, hp, net.state_padded),
-        b_out=empty(e, net.state_padded),
-    )
-    c, f = net.cond_dim, net.state_features + (net.time_features if time else 0)
-    if not inputs:
-        c = f = 0
-    i_e = 0
-    for ps in fields:
-        part = slice(i_e, i_e + ps[0].shape[0])
-        w, b = ps[0], ps[1]
-        if c:
-            _fold(w[:, :c], None, None, None, packed.w_cond[part], None)
-        if f:
-            _fold(w[:, c : c + f], b, None, None, packed.w_feat[part], packed.bias[part])
-        for i in range(1, layers + 1):
-            scale, shift = ps[2 * (layers + i) : 2 * (layers + i) + 2] if net.norm else (None, None)
-            last = i == layers
-            w_out = packed.w_out[part] if last else packed.w_hidden[i - 1, part]
-            b_out = packed.b_out[part] if last else packed.b_hidden[i - 1, part]
-            _fold(ps[2 * i], ps[2 * i + 1], scale, shift, w_out, b_out)
-        i_e = part.stop
-    return packed
-
-
-def _fold(
+def fold(
     w: Tensor, b: Tensor | None, scale: Tensor | None, shift: Tensor | None, w_out: Tensor, b_out: Tensor | None
 ) -> None:
+    """Write diag(scale) W, centred, to w_out [E, IN_P, OUT_P] and b + shift W to b_out [E, OUT_P]; None for neither.
+
+    w_out may be rows of a larger packed matrix; its rows are dense.
+    """
     if w.stride(-1) != 1:
         w = w.contiguous()
     e, n_in, n_out = w.shape
@@ -200,12 +139,14 @@ def _fold(
         w_out if b_out is None else b_out,
         w.stride(0),
         w.stride(1),
+        w_out.stride(0),
         IN=n_in,
         OUT=n_out,
         IN_P=in_p,
         OUT_P=out_p,
         NORM=scale is not None,
         BIAS=b is not None,
+        ARITH=arith(w_out.dtype),
         BI=64,
         BN=bn,
         num_warps=4,

@@ -8,221 +8,319 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
-from .fold import members, pack, product_dtype
-from .launch import interpreted, target
-from .tile import activate, add_cond, embed_state, hidden_layers, project_out, row_scale
+from .launch import target
+from .network import network_fwd
+from .pack import Packed, Prepared, Saved, constants, partial_sums, scalars, tiling, turns
+from .tile import cast, embed_state, embed_time, read_velocity
 
 
-@triton.jit(do_not_specialize=["M", "samples", "num_steps", "cond_stride_e"])
+@triton.jit(do_not_specialize=["M", "MP", "samples", "num_steps", "film_stride_e", "film_stride_b", "R_P"])
 def integrate_fwd_kernel(
     x_ptr,  # [E, M, D] start
     out_ptr,  # [E, M, D] end
-    cond_ptr,  # [1 or E, B, C]
-    w_cond_ptr,  # [E, CP, HP]
-    w_feat_ptr,  # [E, FP, HP]
-    time_ptr,  # [E, K, HP] time features times their weights, plus bias
-    w_hidden_ptr,  # [L - 1, E, HP, HP]
-    b_hidden_ptr,  # [L - 1, E, HP]
-    w_out_ptr,  # [E, HP, DP]
-    b_out_ptr,  # [E, DP]
-    c_ptr,  # [E, MP, HP] workspace: cond's share of the first layer
-    y_ptr,  # [2, E, MP, HP] workspace: activations of this layer and the next
+    path_ptr,  # [K, E, M, D] every step's start, with KEEP
+    stages_ptr,  # [K, E, M, D] every step's second point, with KEEP
+    noise_ptr,  # [K, E, M, D] added behind each step, with NOISE
+    t_0_ptr,  # [E, M] start and end times, without TABLE
+    t_1_ptr,
+    c_ptr,  # [E, B, HP[0]] cond's share of the first layer
+    time_ptr,  # [E, V K, HP[0]] time's share of it plus bias, or [E, 1, HP[0]] the bias alone
+    feat_ptr,  # [V K, E, M, TP] time features where TIME is "given"
+    film_ptr,  # [E, B, 2 sum HP] cond's share of FiLM
+    film_time_ptr,  # [E, V K, 2 sum HP] time's share of FiLM
+    w_feat_ptr,  # see network_fwd
+    w_time_ptr,
+    w_film_ptr,
+    w_hidden_ptr,
+    b_hidden_ptr,
+    scale_ptr,
+    shift_ptr,
+    w_out_ptr,
+    b_out_ptr,
+    pre_ptr,
+    stats_ptr,
+    y_ptr,
+    part_ptr,
     M,
     MP,
     samples,
     num_steps,
-    dt,
-    cond_stride_e,
+    start,
+    end,
+    film_stride_e,
+    film_stride_b,
     low,
     high,
     std,
     eps,
-    C: tl.constexpr,
-    CP: tl.constexpr,
+    output_scale,
+    R_P,
     D: tl.constexpr,
     DP: tl.constexpr,
     F: tl.constexpr,
     FP: tl.constexpr,
+    T: tl.constexpr,
+    TP: tl.constexpr,
     H: tl.constexpr,
     HP: tl.constexpr,
+    KP: tl.constexpr,
+    OFF: tl.constexpr,
+    OFF_Y: tl.constexpr,
+    OFF_W: tl.constexpr,
+    IN: tl.constexpr,
+    RES: tl.constexpr,
     L: tl.constexpr,
+    V: tl.constexpr,
+    METHOD: tl.constexpr,
+    COND: tl.constexpr,
+    TABLE: tl.constexpr,
+    TIME: tl.constexpr,
+    EMBED: tl.constexpr,
+    PREDICTION: tl.constexpr,
     ACT: tl.constexpr,
     NORM: tl.constexpr,
-    EMBED: tl.constexpr,
-    FAST: tl.constexpr,
+    FOLD: tl.constexpr,
+    ROLL: tl.constexpr,
+    NOISE: tl.constexpr,
+    KEEP: tl.constexpr,
+    SAVE: tl.constexpr,
+    ARITH: tl.constexpr,
     PRECISION: tl.constexpr,
-    BC: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x <- x + dt v(x, t_k, cond) for k = 0..K-1. One program owns BM rows of one member for the whole walk.
+    """x <- x + h v(x, t_k, cond) for k = 0..K-1, or the two-stage schemes. One program owns BM rows of one member for
+    the whole walk.
 
-    cond's share of the first layer is computed once, time's share comes from a table; a step multiplies only the
-    state's features. Activations pass from layer to layer through a workspace that stays in L2.
+    cond's share of the first layer is computed once per call, time's share too where all rows share their times: a step
+    multiplies only the state's features.
     """
     i_b = tl.program_id(0)
     i_e = tl.program_id(1).to(tl.int64)
     n_e = tl.num_programs(1).to(tl.int64)
     DTYPE: tl.constexpr = w_feat_ptr.dtype.element_ty
+    HP0: tl.constexpr = HP[0]
+    SUM: tl.constexpr = OFF[L - 1] + HP[L - 1]
     o_b = i_b * BM + tl.arange(0, BM)
     m_b = o_b < M
-    o_n = tl.arange(0, BN)
     o_f = tl.arange(0, FP)
     o_d = tl.arange(0, DP)
+    o_t = tl.arange(0, TP)
+    o_s = tl.minimum(o_b, M - 1)
+    o_c = o_s // samples
+    r_m = i_e * MP + i_b * BM
+    n_v = num_steps * V
 
-    p_rows = (i_e * MP + o_b)[:, None] * HP
-    p_c = c_ptr + p_rows
-    p_y = y_ptr + p_rows
-    layer_size = n_e * MP * HP
-
-    p_cond = cond_ptr + i_e * cond_stride_e + (o_b // samples)[:, None].to(tl.int64) * C
-    for n in tl.range(0, HP, BN, num_stages=1):
-        b_acc = tl.zeros([BM, BN], tl.float32)
-        b_acc = add_cond(b_acc, p_cond, m_b, w_cond_ptr, i_e, n + o_n, C, CP, HP, BC, PRECISION)
-        tl.store(p_c + (n + o_n)[None, :], b_acc.to(DTYPE))
-
-    p_x = (i_e * M + o_b)[:, None] * D + o_d[None, :]
+    o_x = (i_e * M + o_b)[:, None] * D + o_d[None, :]
     m_x = m_b[:, None] & (o_d < D)[None, :]
-    b_x = tl.load(x_ptr + p_x, mask=m_x, other=0.0).to(tl.float32)
-    for k in tl.range(0, num_steps, num_stages=1):
-        # Orders this step's stores behind the loads of the step before, and the first step behind cond's share.
+    b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_p = b_x
+    b_v1 = tl.zeros([BM, DP], tl.float32)
+    b_start = start
+    b_end = end
+    if not TABLE:
+        b_start = tl.load(t_0_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
+        b_end = tl.load(t_1_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
+    b_h = (b_end - b_start) / num_steps
+    for i in tl.range(0, n_v, num_stages=1, disable_licm=True):
+        # Orders this step's stores behind the loads of the step before.
         tl.debug_barrier()
-        b_f = embed_state(b_x, o_f, low, high, std, EMBED, F).to(DTYPE)
-        s1 = tl.zeros([BM], tl.float32)
-        s2 = tl.zeros([BM], tl.float32)
-        for n in tl.range(0, HP, BN, num_stages=1):
-            b_acc = tl.load(p_c + (n + o_n)[None, :]).to(tl.float32)
-            b_acc += tl.load(time_ptr + (i_e * num_steps + k) * HP + n + o_n)[None, :]
-            b_w = tl.load(w_feat_ptr + (i_e * FP + o_f)[:, None] * HP + (n + o_n)[None, :])
-            b_acc = tl.dot(b_f, b_w, b_acc, input_precision=PRECISION)
-            b_y = activate(b_acc, ACT, FAST)
-            s1 += tl.sum(b_y, 1)
-            s2 += tl.sum(b_y * b_y, 1)
-            tl.store(p_y + (n + o_n)[None, :], b_y.to(DTYPE))
-        s1, s2 = hidden_layers(
-            p_y,
-            layer_size,
-            s1,
-            s2,
+        k = i // V
+        first = (i % V) == 0
+        o_k = k * n_e * M * D
+        b_part = stage_time(i, V, METHOD) / num_steps
+        b_t = (1.0 - b_part) * b_start + b_part * b_end
+        if KEEP:
+            tl.store(path_ptr + o_k + o_x, b_x, mask=m_x & first)
+            if V == 2:
+                tl.store(stages_ptr + o_k + o_x, b_p, mask=m_x & (i % V == 1))
+        b_f = cast(embed_state(b_p, o_f, low, high, std, EMBED, F), DTYPE, ARITH)
+        p_t = feat_ptr + (i * n_e * M + i_e * M) * TP
+        b_tf = time_features(b_t, p_t, o_s, o_t, T, TP, TABLE, TIME, DTYPE, ARITH, BM)
+        p_time = time_ptr + i_e * HP0
+        p_film_time = film_time_ptr
+        if TABLE:
+            p_time = time_ptr + (i_e * n_v + i) * HP0
+            p_film_time = film_time_ptr + (i_e * n_v + i) * (2 * SUM)
+        r_p = r_m
+        if SAVE:
+            r_p = i_e * R_P + i * MP + i_b * BM
+        r_y = r_m
+        if SAVE and not FOLD:
+            r_y = r_p
+        b_out = network_fwd(
+            b_f,
+            b_tf,
+            p_t,
+            c_ptr + i_e * (M // samples) * HP0,
+            p_time,
+            film_ptr + i_e * film_stride_e,
+            p_film_time,
+            w_feat_ptr,
+            w_time_ptr,
+            w_film_ptr,
             w_hidden_ptr,
             b_hidden_ptr,
-            p_y,  # nothing is saved
+            scale_ptr,
+            shift_ptr,
             w_out_ptr,
+            b_out_ptr,
+            pre_ptr,
+            stats_ptr,
+            y_ptr,
+            part_ptr,
             i_e,
             n_e,
-            MP,
-            o_b,
+            R_P,
+            R_P if SAVE and not FOLD else MP,
+            r_p,
+            r_y,
+            r_m,
+            o_c,
+            o_s,
+            film_stride_b,
+            o_d,
             eps,
             H,
             HP,
+            KP,
+            OFF,
+            OFF_Y,
+            OFF_W,
+            IN,
+            RES,
             L,
+            FP,
+            TP,
+            DP,
+            COND,
+            TABLE,
             ACT,
             NORM,
-            FAST,
-            False,
+            FOLD,
+            ROLL,
+            SAVE,
+            ARITH,
             PRECISION,
             BM,
             BN,
             STAGES,
         )
-        b_v = project_out(p_y + ((L - 1) % 2) * layer_size, w_out_ptr, i_e, o_d, HP, DP, BM, BN, PRECISION)
-        if NORM:
-            _, r = row_scale(s1, s2, H, eps)
-            b_v = b_v * r[:, None]
-        b_x += dt * (b_v + tl.load(b_out_ptr + i_e * DP + o_d)[None, :])
-    tl.store(out_ptr + p_x, b_x.to(out_ptr.dtype.element_ty), mask=m_x)
+        b_v = read_velocity(b_out, b_p, b_t, output_scale, PREDICTION)
+        if V == 1:
+            b_x += b_h * b_v
+        else:
+            if METHOD == "midpoint":
+                b_new = b_x + b_h * b_v
+                b_mid = b_x + (0.5 * b_h) * b_v
+            else:
+                b_new = b_x + (0.5 * b_h) * (b_v1 + b_v)
+                b_mid = b_x + b_h * b_v
+            b_x = tl.where(first, b_x, b_new)
+            b_v1 = b_v
+        if NOISE:
+            b_x += tl.load(noise_ptr + o_k + o_x, mask=m_x & (i % V == V - 1), other=0.0).to(tl.float32)
+        if V == 1:
+            b_p = b_x
+        else:
+            b_p = tl.where(first, b_mid, b_x)
+    tl.store(out_ptr + o_x, b_x.to(out_ptr.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def stage_time(i, V: tl.constexpr, METHOD: tl.constexpr):
+    """Evaluation i's time in steps."""
+    if METHOD == "midpoint":
+        return 0.5 * i
+    elif METHOD == "heun":
+        # The second evaluation of a step is at its end.
+        return 1.0 * (i // 2 + i % 2)
+    else:
+        return 1.0 * i
+
+
+@triton.jit
+def time_features(
+    b_t,
+    p_t,
+    o_s,
+    o_t,
+    T: tl.constexpr,
+    TP: tl.constexpr,
+    TABLE: tl.constexpr,
+    TIME: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ARITH: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Each row's time features [BM, TP]; zeros that nobody reads with TABLE."""
+    if TABLE:
+        return tl.zeros([BM, TP], DTYPE)
+    elif TIME == "given":
+        return tl.load(p_t + o_s[:, None] * TP + o_t[None, :])
+    else:
+        return cast(embed_time(b_t, o_t, TIME, T), DTYPE, ARITH)
 
 
 def integrate(
-    x_0: Tensor, cond: Tensor, fields: list[list[Tensor]], times: Tensor, dt: float, net: plan.Network
-) -> Tensor:
-    """Walk x_0 [E, B, S, D] under cond [1 or E, B, C] for one step per row of `times` [K, T], the features of each
-    step's time.
+    x_0: Tensor,
+    inputs: Prepared,
+    packed: Packed,
+    times: tuple[Tensor, Tensor] | tuple[float, float],
+    step_noise: Tensor | None,
+    num_steps: int,
+    method: str,
+    keep: bool,
+    saved: Saved | None,
+    net: plan.Network,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_K, path, stages) of the walk from x_0 [E, B, S, D]; path and stages [K, E, B, S, D] with `keep`, else empty.
 
-    `fields` holds each field's parameters (weights and biases, then LayerNorm's), E the sum of their members. Returns
-    [E, B, S, D].
+    `times` are start and end as numbers, or as tensors [E, B, S]; with `saved` the activations of every evaluation go
+    there.
     """
-    e, b, s, _ = x_0.shape
+    e, b, s, d = x_0.shape
     m = b * s
-    x_0, cond = x_0.contiguous(), cond.contiguous()
-    packed = pack(fields, net, time=False)
-    num_steps = times.shape[0]
-    table = _time_table(fields, packed.bias, times, net)
+    x_0 = x_0.contiguous()
     mp = plan.padded_rows(m)
-    hp, dtype = net.width_padded, product_dtype(net)
-    c = torch.empty(e, mp, hp, device=x_0.device, dtype=dtype)
-    y = torch.empty(2, e, mp, hp, device=x_0.device, dtype=dtype)
     out = torch.empty_like(x_0)
+    two = plan.evaluations(method) == 2
+    path = x_0.new_empty((num_steps, e, b, s, d) if keep else (0,), dtype=torch.float32)
+    stages = x_0.new_empty((num_steps, e, b, s, d) if keep and two else (0,), dtype=torch.float32)
+    shared = not isinstance(times[0], Tensor)
+    y = turns(x_0, e, mp, net) if saved is None or net.fold else saved.out
     arch, sms = target(x_0.device)
-    tiles = plan.choose("integrate_fwd", arch, sms, net.precision, hp, e * m)
-    integrate_fwd_kernel[(triton.cdiv(m, tiles.rows), e)](
+    tiles = plan.choose("integrate_fwd", arch, sms, net, e * m)
+    constexprs = constants(net, shared)
+    # The backward pass reads the padding too.
+    integrate_fwd_kernel[(triton.cdiv(m if saved is None else mp, tiles.rows), e)](
         x_0,
         out,
-        cond,
-        packed.w_cond,
-        packed.w_feat,
-        table,
-        packed.w_hidden,
-        packed.b_hidden,
-        packed.w_out,
-        packed.b_out,
-        c,
+        path,
+        stages,
+        x_0 if step_noise is None else step_noise.contiguous(),
+        *((x_0, x_0) if shared else (t.contiguous() for t in times)),
+        *inputs.pointers(out),
+        *packed,
+        y if saved is None else saved.pre,
+        x_0 if saved is None else saved.stats,
         y,
+        partial_sums(x_0, e, mp, net),
         m,
         mp,
         s,
         num_steps,
-        dt,
-        0 if cond.shape[0] == 1 else b * net.cond_dim,
-        net.low,
-        net.high,
-        net.std,
-        net.eps,
-        **constants(net, time=False),
-        **tiling(net, tiles),
+        *(times if shared else (0.0, 0.0)),
+        *inputs.film_strides(),
+        *scalars(net),
+        mp if saved is None else saved.rows,
+        **{name: constexprs[name] for name in constexprs if name != "FRESH"},
+        V=plan.evaluations(method),
+        METHOD=method,
+        NOISE=step_noise is not None,
+        KEEP=keep,
+        SAVE=saved is not None,
+        **tiling(tiles),
     )
-    return out
-
-
-def constants(net: plan.Network, time: bool) -> dict[str, int | str | bool]:
-    """The constexpr arguments that both kernels take from the network."""
-    return dict(
-        C=net.cond_dim,
-        CP=net.cond_padded,
-        D=net.state_dim,
-        DP=net.state_padded,
-        F=net.state_features,
-        FP=net.features_padded(time),
-        H=net.width,
-        HP=net.width_padded,
-        L=net.layers,
-        ACT=net.activation,
-        NORM=net.norm,
-        EMBED=net.state_embedding,
-        PRECISION="tf32" if net.precision == "tf32" else "ieee",
-        BC=plan.COND_BLOCK,
-    )
-
-
-def tiling(net: plan.Network, tiles: plan.Tiles) -> dict[str, int | bool]:
-    """The launch arguments that every kernel takes from the plan."""
-    return dict(
-        FAST=net.precision == "bf16" and not interpreted(),
-        BM=tiles.rows,
-        BN=tiles.columns,
-        STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps,
-    )
-
-
-def _time_table(fields: list[list[Tensor]], bias: Tensor, times: Tensor, net: plan.Network) -> Tensor:
-    """times [K, T] through the first layer's time rows, plus its bias: [E, K, HP] float32.
-
-    An elementwise product and a sum, K T H numbers: not a matrix product, whose precision would follow torch's global
-    settings.
-    """
-    first = net.cond_dim + net.state_features
-    rows = torch.cat([members(ps)[0] for ps in fields])[:, first:]  # [E, T, H]
-    table = (times[:, :, None] * rows[:, None].float()).sum(2)
-    return torch.nn.functional.pad(table, (0, net.width_padded - net.width)) + bias.unsqueeze(1)
+    return out, path, stages

@@ -14,15 +14,31 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def arith(stored: torch.dtype) -> str:
+    """How kernels compute with what they store as `stored`: ARITH of kernels/tile.py."""
+    if stored != torch.bfloat16:
+        return "exact"
+    if interpreted():
+        return "emulate"
+    return "exact" if torch.version.hip else "fast"
+
+
 def target(device: torch.device | int) -> tuple[int, int]:
-    """(arch as major * 10 + minor, multiprocessors) of a CUDA device; sm_90 for CPU tensors under the interpreter."""
+    """(arch, multiprocessors) of a GPU; sm_90 for CPU tensors under the interpreter.
+
+    The arch is major * 10 + minor of the compute capability, or on AMD the number of its gfx name (942).
+    """
     if isinstance(device, torch.device):
         if device.type != "cuda":
             return 90, 1  # few, large programs: the interpreter runs one after another
         device = torch.cuda.current_device() if device.index is None else device.index
     if device not in _targets:
         properties = torch.cuda.get_device_properties(device)
-        _targets[device] = properties.major * 10 + properties.minor, properties.multi_processor_count
+        arch = properties.major * 10 + properties.minor
+        if torch.version.hip:
+            arch = int(properties.gcnArchName.partition(":")[0].removeprefix("gfx"), 16)
+            arch = 942 if arch == 0x942 else 0
+        _targets[device] = arch, properties.multi_processor_count
     return _targets[device]
 
 

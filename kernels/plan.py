@@ -3,18 +3,22 @@ them."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from . import launch
 
 MAX_WIDTH = 1024
-MAX_LAYERS = 8
+MAX_LAYERS = 16
+# Layers of unequal width, or with two inputs, are unrolled: every one adds to what has to be compiled.
+MAX_UNROLLED_LAYERS = 8
 MAX_STATE_DIM = 128
 MAX_FEATURES = 256
 # Rows of every workspace are padded to this, a multiple of every row tile below.
 ROW_PAD = 64
-# Columns of cond that one product takes at a time in the first layer.
-COND_BLOCK = 64
+# Activations of all steps are stored for the backward pass while they take at most this many bytes, else computed
+# again. The backward pass walks in parts whose activations and gradients stay within the same bound.
+STORE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -23,28 +27,22 @@ class Network:
 
     state_dim: int
     cond_dim: int
-    hidden: tuple[int, ...]
+    hidden: tuple[int, ...]  # width of each hidden layer
+    inputs: tuple[tuple[int, ...], ...]  # hidden layers whose outputs it takes side by side; () for the first
+    add: tuple[int, ...]  # hidden layer whose output is added to its own, -1 for none
     activation: str
-    norm: bool
+    norm: str  # none | after | before (the activation) | film
     eps: float
     state_embedding: str  # identity | scaled | hl_gauss
     state_features: int
     low: float
     high: float
     sigma: float  # standard deviation of hl_gauss in edge spacings
-    time_embedding: str  # raw | cosine | cosine_fourier
+    time_embedding: str  # raw | cosine | cosine_fourier | power_fourier | given (computed outside)
     time_features: int
+    prediction: str  # velocity | endpoint | noise
+    output_scale: float
     precision: str  # bf16 | tf32 | fp32
-
-    @property
-    def width(self) -> int:
-        """H, the width of every hidden layer."""
-        return self.hidden[0]
-
-    @property
-    def width_padded(self) -> int:
-        """HP."""
-        return max(16, power_of_2(self.width))
 
     @property
     def layers(self) -> int:
@@ -52,23 +50,94 @@ class Network:
         return len(self.hidden)
 
     @property
-    def cond_padded(self) -> int:
-        """CP, a multiple of COND_BLOCK; 0 without cond."""
-        return -(-self.cond_dim // COND_BLOCK) * COND_BLOCK
+    def padded(self) -> tuple[int, ...]:
+        """HP, the padded width of each hidden layer."""
+        return tuple(_padded(width) for width in self.hidden)
+
+    @property
+    def inputs_padded(self) -> tuple[int, ...]:
+        """KP, the padded rows of each hidden layer's weights; 0 for the first, whose inputs come in parts."""
+        return tuple(sum(self.padded[j] for j in into) for into in self.inputs)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """OFF, the padded widths before each layer."""
+        return (0, *itertools.accumulate(self.padded))[:-1]
+
+    @property
+    def weight_offsets(self) -> tuple[int, ...]:
+        """OFF_W, the padded weights before each layer's."""
+        sizes = (k * h for k, h in zip(self.inputs_padded, self.padded, strict=True))
+        return (0, *itertools.accumulate(sizes))[:-1]
+
+    @property
+    def width(self) -> int:
+        """The widest row that a product takes whole: of a hidden layer, the state's or time's features."""
+        return max(*self.padded, self.features_padded, self.time_padded)
+
+    @property
+    def chain(self) -> bool:
+        """Whether every layer takes the one before it and nothing else."""
+        return all(into == ((i - 1,) if i else ()) for i, into in enumerate(self.inputs))
+
+    @property
+    def fold(self) -> bool:
+        """Whether LayerNorm is folded into the layer behind it (see kernels/network.py)."""
+        return self.norm in ("none", "after") and self.chain and max(self.add) < 0
+
+    @property
+    def roll(self) -> bool:
+        """Whether one loop runs over the hidden layers."""
+        return self.chain and len(set(self.hidden)) == 1
+
+    @property
+    def residual(self) -> int:
+        """RES, layers per residual block; the number of layers where nothing is added."""
+        return next((i - j for i, j in enumerate(self.add) if j >= 0), self.layers)
+
+    @property
+    def fresh(self) -> tuple[tuple[bool, ...], ...]:
+        """FRESH: walking back through the layers, whether an input has no gradient from another layer yet."""
+        seen: set[int] = set()
+        out: list[tuple[bool, ...]] = []
+        for layer in range(self.layers - 1, -1, -1):
+            out.append(tuple(j not in seen for j in self.inputs[layer]))
+            seen.update(self.inputs[layer])
+        return tuple(reversed(out))
 
     @property
     def state_padded(self) -> int:
         """DP: 1 for a scalar, else enough columns for a product."""
-        return 1 if self.state_dim == 1 else max(16, power_of_2(self.state_dim))
+        return 1 if self.state_dim == 1 else _padded(self.state_dim)
 
-    def features_padded(self, time: bool) -> int:
-        """FP of the state features alone, or of the state and time features side by side."""
-        return max(16, power_of_2(self.state_features + (self.time_features if time else 0)))
+    @property
+    def features_padded(self) -> int:
+        """FP."""
+        return _padded(self.state_features)
+
+    @property
+    def time_padded(self) -> int:
+        """TP."""
+        return _padded(self.time_features)
 
     @property
     def std(self) -> float:
         """Standard deviation of hl_gauss in units of the state."""
         return self.sigma * (self.high - self.low) / self.state_features
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of a stored activation or packed weight."""
+        return 2 if self.precision == "bf16" else 4
+
+
+def _padded(width: int) -> int:
+    return max(16, power_of_2(width))
+
+
+def evaluations(method: str) -> int:
+    """V, evaluations of the field per step."""
+    return 1 if method == "euler" else 2
 
 
 @dataclass(frozen=True)
@@ -81,6 +150,8 @@ class Tiles:
     num_stages: int
 
 
+# The arch number of AMD's CDNA 3, beside NVIDIA's major * 10 + minor.
+GFX942 = 942
 # Shared memory one program may ask for, in bytes.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
@@ -124,27 +195,54 @@ TABLE: dict[int, dict[tuple[int, int], tuple[Tiles, ...]]] = {
 }
 
 
-def candidates(kernel: str, arch: int, precision: str, width: int) -> tuple[Tiles, ...]:
-    """The plan's entries for one kernel, arch, precision and padded width, most rows first; none where nothing fits."""
-    size = 2 if precision == "bf16" else 4
+def candidates(kernel: str, arch: int, net: Network) -> tuple[Tiles, ...]:
+    """The plan's entries for one kernel, arch and network, most rows first; none where nothing fits."""
+    size, width = net.element_size, net.width
     for (bytes_per_element, widest), entries in TABLE[family(arch)].items():
         if bytes_per_element == size and width <= widest:
             # A narrow network has no wider tile than itself.
-            return tuple(replace(t, columns=min(t.columns, width)) for t in entries)
+            return tuple(replace(t, columns=min(t.columns, max(net.padded))) for t in entries)
     return ()
 
 
-def choose(kernel: str, arch: int, sms: int, precision: str, width: int, rows: int) -> Tiles:
-    """The tiles for `rows` rows in all on a device of `sms` multiprocessors.
+def choose(kernel: str, arch: int, sms: int, net: Network, rows: int | None) -> Tiles:
+    """The tiles for `rows` rows in all on a device of `sms` multiprocessors; None for the same whatever the rows.
 
     The most rows per program that still busy nearly half of them: every program streams all weights, so a program with
     twice the rows takes far less than twice the time.
     """
-    entries = candidates(kernel, arch, precision, width)
+    entries = candidates(kernel, arch, net)
+    if rows is None:
+        return entries[0]
     for tiles in entries:
         if 2.2 * -(-rows // tiles.rows) >= sms:
             return tiles
     return entries[-1]
+
+
+def stores(net: Network, members: int, rows: int, evaluations: int) -> bool:
+    """The memory rule: whether a walk's activations are stored for the backward pass, or computed again by it."""
+    kept = 1 if net.fold else 2  # pre-activations; without FOLD the outputs as well
+    return members * padded_rows(rows) * evaluations * sum(net.padded) * kept * net.element_size <= STORE_BYTES
+
+
+def backward_part(net: Network, members: int, rows: int, evaluations: int, per_step: int, stored: bool) -> int:
+    """Evaluations, whole steps of them, that one launch of the backward pass writes out for the weight gradients."""
+    copies = 2 + (2 if net.norm == "film" else 0) + (0 if stored else 1)
+    most = STORE_BYTES // (members * rows * sum(net.padded) * copies * net.element_size)
+    return min(evaluations, max(1, most // per_step) * per_step)
+
+
+def loss_part(net: Network, members: int, batch: int, samples: int) -> int:
+    """Rows of cond, each with its samples, that the backward pass of a loss takes at a time."""
+    copies = 3 + (2 if net.norm == "film" else 0)
+    rows = STORE_BYTES // (members * sum(net.padded) * copies * net.element_size)
+    return min(batch, max(1, rows // samples))
+
+
+def name_of(arch: int) -> str:
+    """sm_90, gfx942."""
+    return f"gfx{arch}" if arch == GFX942 else f"sm_{arch}"
 
 
 def padded_rows(m: int) -> int:
@@ -166,32 +264,26 @@ def family(arch: int) -> int:
     return 80 if arch in (80, 87) else 86
 
 
-def why_unsupported(
-    hidden: tuple[int, ...],
-    state_dim: int,
-    state_features: int,
-    time_features: int,
-    precision: str,
-    device_index: int | None,
-) -> str | None:
+def why_unsupported(net: Network, device_index: int | None) -> str | None:
     """What keeps the kernels from covering a network on a CUDA device (None: under the interpreter), or None."""
-    for width in hidden:
-        if width != hidden[0]:
-            return f"hidden layers of unequal width {hidden}"
-    if hidden[0] > MAX_WIDTH:
-        return f"a hidden width of {hidden[0]} (at most {MAX_WIDTH})"
-    if len(hidden) > MAX_LAYERS:
-        return f"{len(hidden)} hidden layers (at most {MAX_LAYERS})"
-    if state_dim > MAX_STATE_DIM:
-        return f"a state of {state_dim} dimensions (at most {MAX_STATE_DIM})"
-    if state_features + time_features > MAX_FEATURES:
-        return f"{state_features + time_features} state and time features (at most {MAX_FEATURES})"
+    if max(net.hidden) > MAX_WIDTH:
+        return f"a hidden width of {max(net.hidden)} (at most {MAX_WIDTH})"
+    if net.layers > (MAX_LAYERS if net.roll else MAX_UNROLLED_LAYERS):
+        most = f"{MAX_LAYERS}" if net.roll else f"{MAX_UNROLLED_LAYERS} of unequal width or with two inputs"
+        return f"{net.layers} hidden layers (at most {most})"
+    if net.state_dim > MAX_STATE_DIM:
+        return f"a state of {net.state_dim} dimensions (at most {MAX_STATE_DIM})"
+    for name, features in (("state", net.state_features), ("time", net.time_features)):
+        if features > MAX_FEATURES:
+            return f"{features} {name} features (at most {MAX_FEATURES})"
     if device_index is not None:
         arch, _ = launch.target(device_index)
         if arch < 80:
             return f"compute capability {arch / 10} (8.0 and up have one)"
-        if not candidates("integrate_fwd", arch, precision, max(16, power_of_2(hidden[0]))):
-            return f"a hidden width of {hidden[0]} with {precision} products in the shared memory of sm_{arch}"
+        if not candidates("integrate_fwd", arch, net):
+            return (
+                f"a hidden width of {max(net.hidden)} with {net.precision} products in the shared memory of sm_{arch}"
+            )
     return None
 
 

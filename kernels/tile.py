@@ -1,47 +1,103 @@
-"""Device functions that every kernel shares: activations and their derivatives, state and time embeddings, row
-statistics."""
+"""Device functions that every kernel shares: casts and products, activations and their derivatives, embeddings."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+# ARITH, a constexpr of every kernel, says how float32 numbers are computed with and stored as bfloat16:
+#   "fast"     hardware tanh, casts and products as they are: bfloat16 products on NVIDIA GPUs
+#   "exact"    the same without inline assembly: float32 and tf32 products, other GPUs
+#   "emulate"  bfloat16 in the interpreter, which truncates and cannot multiply it: rounds by hand, multiplies in
+# float32
+
 
 @triton.jit
-def sigmoid(x, FAST: tl.constexpr):
-    """1 / (1 + exp(-x)); FAST uses the hardware tanh (relative error 5e-4, below bfloat16 rounding)."""
-    if FAST:
-        t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return 0.5 + 0.5 * t
+def cast(b_x, DTYPE: tl.constexpr, ARITH: tl.constexpr):
+    """float32 as DTYPE, rounded to nearest even."""
+    if ARITH == "emulate":
+        bits = b_x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        b_x = bits.to(tl.float32, bitcast=True)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
+def product(b_x, b_w, PRECISION: tl.constexpr, ARITH: tl.constexpr):
+    """b_x @ b_w in float32."""
+    if ARITH == "emulate":
+        return tl.dot(b_x.to(tl.float32), b_w.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(b_x, b_w, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x, ARITH: tl.constexpr):
+    """tanh(x); "fast" is the hardware's (relative error 5e-4, below bfloat16 rounding)."""
+    if ARITH == "fast":
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 2.0 / (1.0 + tl.exp(tl.minimum(-2.0 * x, 80.0))) - 1.0
+
+
+@triton.jit
+def sigmoid(x, ARITH: tl.constexpr):
+    """1 / (1 + exp(-x))."""
+    if ARITH == "fast":
+        return 0.5 + 0.5 * tanh(0.5 * x, ARITH)
     else:
         return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
 
 
 @triton.jit
-def activate(x, ACT: tl.constexpr, FAST: tl.constexpr):
-    """The activation, float32. tanh-GELU is x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)): the cheap exact form.
+def activate(x, ACT: tl.constexpr, ARITH: tl.constexpr):
+    """The activation, float32; every one maps 0 to 0, so padded columns stay 0.
 
     Constants are literals: the interpreter turns a global constexpr times a tensor into something that is neither.
     """
     if ACT == "gelu_tanh":
-        return x * sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), FAST)
+        # x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) is the cheap exact form.
+        return x * sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), ARITH)
+    elif ACT == "gelu":
+        return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
     elif ACT == "silu":
-        return x * sigmoid(x, FAST)
+        return x * sigmoid(x, ARITH)
+    elif ACT == "elu":
+        return tl.where(x > 0.0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+    elif ACT == "mish":
+        # tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2).
+        e = tl.exp(tl.minimum(x, 20.0))
+        n = e * (e + 2.0)
+        return x * (n / (n + 2.0))
+    elif ACT == "tanh":
+        return tanh(x, ARITH)
     else:
         return tl.maximum(x, 0.0)
 
 
 @triton.jit
-def activate_grad(x, ACT: tl.constexpr, FAST: tl.constexpr):
+def activate_grad(x, ACT: tl.constexpr, ARITH: tl.constexpr):
     """The activation and its derivative, float32."""
     if ACT == "gelu_tanh":
-        s = sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), FAST)
+        s = sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), ARITH)
         return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * x * x)
+    elif ACT == "gelu":
+        s = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        return x * s, s + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
     elif ACT == "silu":
-        s = sigmoid(x, FAST)
+        s = sigmoid(x, ARITH)
         return x * s, s + x * s * (1.0 - s)
+    elif ACT == "elu":
+        e = tl.exp(tl.minimum(x, 0.0))
+        return tl.where(x > 0.0, x, e - 1.0), tl.where(x > 0.0, 1.0, e)
+    elif ACT == "mish":
+        e = tl.exp(tl.minimum(x, 20.0))
+        n = e * (e + 2.0)
+        s = n / (n + 2.0)
+        return x * s, s + x * (4.0 * e * (e + 1.0) / ((n + 2.0) * (n + 2.0)))
+    elif ACT == "tanh":
+        s = tanh(x, ARITH)
+        return s, 1.0 - s * s
     else:
         return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
 
@@ -68,14 +124,57 @@ def embed_state(b_x, o_f, low, high, std, EMBED: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def cosine(turns):
+def embed_state_grad(b_df, b_x, o_f, low, high, std, EMBED: tl.constexpr, F: tl.constexpr, D: tl.constexpr):
+    """Gradient of the state, [BM, 1] or [BM, FP], from that of its features b_df [BM, FP]."""
+    m_f = o_f[None, :] < F
+    if EMBED == "hl_gauss":
+        width = (high - low) / F
+        inv = 0.7071067811865476 / std
+        z = tl.minimum(tl.maximum(b_x, low - 3.0 * std), high + 3.0 * std)
+        left = (low + width * o_f[None, :].to(tl.float32) - z) * inv
+        right = left + width * inv
+        first = (low - z) * inv
+        last = (high - z) * inv
+        total = tl.erf(last) - tl.erf(first)
+        share = (tl.erf(right) - tl.erf(left)) / total
+        # d erf(u)/dz = -2/sqrt(pi) inv exp(-u^2)
+        slope = tl.exp(-right * right) - tl.exp(-left * left)
+        slope_total = tl.exp(-last * last) - tl.exp(-first * first)
+        grad = (-1.1283791670955126 * inv) * (slope - share * slope_total) / total
+        b_dx = tl.sum(tl.where(m_f, b_df * grad, 0.0), 1)[:, None]
+        return tl.where((b_x >= low - 3.0 * std) & (b_x <= high + 3.0 * std), b_dx, 0.0)
+    else:
+        b_dx = tl.where(m_f, b_df, 0.0)
+        if EMBED == "scaled":
+            b_dx = b_dx / (high - low)
+        if D == 1:
+            return tl.sum(b_dx, 1)[:, None]
+        else:
+            return b_dx
+
+
+@triton.jit
+def cosine_of_turns(turns):
     """cos(2 pi turns), absolute error below 2e-7 for |turns| <= 1.
 
     sin(pi/2 - 2 pi |r|) for the remainder r in half a turn, by its series to the 13th power. Triton's own cos keeps a
     table for huge arguments on the stack, which would show as a spill in every kernel.
     """
     r = turns - tl.floor(turns + 0.5)
-    x = 6.283185307179586 * (0.25 - tl.abs(r))
+    return sine_series(6.283185307179586 * (0.25 - tl.abs(r)))
+
+
+@triton.jit
+def cosine_of_radians(x):
+    """cos(x), absolute error below 2e-7 up to a thousand turns: whole turns are taken off in two parts of 2 pi."""
+    n = tl.floor(x * 0.15915494309189535 + 0.5)
+    r = (x - n * 6.28125) - n * 1.9353071795864769e-3
+    return sine_series(1.5707963267948966 - tl.abs(r))
+
+
+@triton.jit
+def sine_series(x):
+    """sin(x) for |x| <= pi/2."""
     z = x * x
     p = 1.6059043836821613e-10
     p = p * z - 2.505210838544172e-08
@@ -87,134 +186,22 @@ def cosine(turns):
 
 
 @triton.jit
-def embed_time(b_t, o_f, EMBED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Time features of b_t [BM, 1] in columns FIRST..FIRST+COUNT-1 of [BM, FP]; zero elsewhere."""
-    j = o_f[None, :] - FIRST
-    m_f = (j >= 0) & (j < COUNT)
+def embed_time(b_t, o_t, EMBED: tl.constexpr, T: tl.constexpr):
+    """Time features [BM, TP] of b_t [BM, 1]; columns from T on are zero."""
+    m_t = o_t[None, :] < T
     if EMBED == "raw":
-        return tl.where(m_f, b_t, 0.0)
+        return tl.where(m_t, b_t, 0.0)
     elif EMBED == "cosine":
-        return tl.where(m_f, cosine(0.15915494309189535 * b_t), 0.0)
+        return tl.where(m_t, cosine_of_turns(0.15915494309189535 * b_t), 0.0)
+    elif EMBED == "power_fourier":
+        half: tl.constexpr = T // 2
+        k = tl.where(o_t < half, o_t, o_t - half)
+        angle = b_t * tl.exp2(k.to(tl.float32))[None, :]
+        # sin(x) = cos(x - pi/2)
+        shift = tl.where(o_t < half, 0.0, 1.5707963267948966)[None, :]
+        return tl.where(m_t, cosine_of_radians(angle - shift), 0.0)
     else:
-        return tl.where(m_f, cosine((j + 1).to(tl.float32) * 0.5 * b_t), 0.0)
-
-
-@triton.jit
-def add_cond(
-    b_acc,
-    p_cond,
-    m_b,
-    w_cond_ptr,
-    i_e,
-    o_n,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    HP: tl.constexpr,
-    BC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """b_acc [BM, BN] plus cond's share of the first layer in columns o_n; p_cond [BM, 1] points to each row's cond."""
-    DTYPE: tl.constexpr = w_cond_ptr.dtype.element_ty
-    for c in tl.range(0, CP, BC, num_stages=1):
-        o_c = c + tl.arange(0, BC)
-        b_c = tl.load(p_cond + o_c[None, :], mask=m_b[:, None] & (o_c < C)[None, :], other=0.0).to(tl.float32)
-        b_w = tl.load(w_cond_ptr + (i_e * CP + o_c)[:, None] * HP + o_n[None, :])
-        b_acc = tl.dot(b_c.to(DTYPE), b_w, b_acc, input_precision=PRECISION)
-    return b_acc
-
-
-@triton.jit
-def hidden_layers(
-    p_y,
-    layer_size,
-    s1,
-    s2,
-    w_hidden_ptr,
-    b_hidden_ptr,
-    p_pre,
-    stats_ptr,
-    i_e,
-    n_e,
-    MP,
-    o_b,
-    eps,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    L: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FAST: tl.constexpr,
-    SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Layers 1..L-1. Activations go back and forth between the two halves of p_y's workspace; half (L - 1) % 2 is last.
-
-    s1, s2 [BM] are the sum and sum of squares of the activations so far; returns those of the last layer. With SAVE the
-    pre-activations go to p_pre (layer 1 first) and the statistics of layers 0..L-2 to stats_ptr.
-    """
-    o_h = tl.arange(0, HP)
-    for l in tl.range(0, L - 1, num_stages=1):
-        tl.debug_barrier()
-        b_a = tl.load(p_y + (l % 2) * layer_size + o_h[None, :])
-        mu, r = row_scale(s1, s2, H, eps)
-        if SAVE:
-            store_stats(stats_ptr, l, i_e, n_e, MP, o_b, mu, r)
-        s1 = tl.zeros([BM], tl.float32)
-        s2 = tl.zeros([BM], tl.float32)
-        p_w = w_hidden_ptr + (l * n_e + i_e) * HP * HP
-        for n in tl.range(0, HP, BN, num_stages=STAGES):
-            o_n = n + tl.arange(0, BN)
-            b_w = tl.load(p_w + o_h[:, None] * HP + o_n[None, :])
-            b_acc = tl.dot(b_a, b_w, input_precision=PRECISION)
-            if NORM:
-                b_acc = b_acc * r[:, None]
-            b_acc += tl.load(b_hidden_ptr + (l * n_e + i_e) * HP + o_n)[None, :]
-            if SAVE:
-                tl.store(p_pre + l * layer_size + o_n[None, :], b_acc.to(p_pre.dtype.element_ty))
-            b_y = activate(b_acc, ACT, FAST)
-            s1 += tl.sum(b_y, 1)
-            s2 += tl.sum(b_y * b_y, 1)
-            tl.store(p_y + ((l + 1) % 2) * layer_size + o_n[None, :], b_y.to(p_y.dtype.element_ty))
-    tl.debug_barrier()
-    return s1, s2
-
-
-@triton.jit
-def store_stats(stats_ptr, l, i_e, n_e, MP, o_b, mu, r):
-    """Mean and scale of layer l's activations into [L, 2, E, MP]."""
-    tl.store(stats_ptr + ((2 * l) * n_e + i_e) * MP + o_b, mu)
-    tl.store(stats_ptr + ((2 * l + 1) * n_e + i_e) * MP + o_b, r)
-
-
-@triton.jit
-def project_out(
-    p_y,
-    w_out_ptr,
-    i_e,
-    o_d,
-    HP: tl.constexpr,
-    DP: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The head: activations y [BM, HP] at p_y times w_out [HP, DP] of member i_e, as [BM, DP] float32."""
-    DTYPE: tl.constexpr = p_y.dtype.element_ty
-    if DP == 1:
-        o_h = tl.arange(0, HP)
-        b_w = tl.load(w_out_ptr + i_e * HP + o_h)
-        return tl.sum(tl.load(p_y + o_h[None, :]).to(tl.float32) * b_w[None, :], 1)[:, None]
-    else:
-        o_n = tl.arange(0, BN)
-        b_v = tl.zeros([BM, DP], tl.float32)
-        for n in tl.range(0, HP, BN, num_stages=1):
-            b_y = tl.load(p_y + (n + o_n)[None, :])
-            b_w = tl.load(w_out_ptr + (i_e * HP + n + o_n)[:, None] * DP + o_d[None, :])
-            b_v = tl.dot(b_y, b_w.to(DTYPE), b_v, input_precision=PRECISION)
-        return b_v
+        return tl.where(m_t, cosine_of_turns((o_t[None, :] + 1).to(tl.float32) * 0.5 * b_t), 0.0)
 
 
 @triton.jit
@@ -222,3 +209,30 @@ def row_scale(s1, s2, H: tl.constexpr, eps):
     """Mean and rsqrt(variance + eps) of rows from their sum and sum of squares."""
     mu = s1 / H
     return mu, tl.rsqrt(tl.maximum(s2 / H - mu * mu, 0.0) + eps)
+
+
+@triton.jit
+def read_velocity(b_out, b_x, b_t, output_scale, PREDICTION: tl.constexpr):
+    """The velocity at b_x, where the head's output predicts it, the end point or the noise.
+
+    Denominators are at least 1e-3, as in the reference.
+    """
+    if PREDICTION == "endpoint":
+        return (output_scale * b_out - b_x) / tl.maximum(1.0 - b_t, 1e-3)
+    elif PREDICTION == "noise":
+        return (b_x - output_scale * b_out) / tl.maximum(b_t, 1e-3)
+    else:
+        return output_scale * b_out
+
+
+@triton.jit
+def read_velocity_grad(b_dv, b_t, output_scale, PREDICTION: tl.constexpr):
+    """Gradients of b_out and b_x."""
+    if PREDICTION == "endpoint":
+        b_dv = b_dv / tl.maximum(1.0 - b_t, 1e-3)
+        return output_scale * b_dv, -b_dv
+    elif PREDICTION == "noise":
+        b_dv = b_dv / tl.maximum(b_t, 1e-3)
+        return -output_scale * b_dv, b_dv
+    else:
+        return output_scale * b_dv, b_dv * 0.0

@@ -97,6 +97,56 @@ def test_policy_loss_is_behaviour_cloning():
     torch.testing.assert_close(policy.loss(obs, action, noise, t), expected)
 
 
+def test_losses_pass_their_options_on():
+    policy = ff.FlowPolicy(OBS, ACTION, hidden=(16,))
+    obs, action = inputs(3, 2)
+    noise, t = torch.randn(3, 2, ACTION), torch.rand(3, 2)
+    rows = policy.loss(obs, action, noise, t, reduction="none")
+    other = policy.loss(obs, action, noise, t, reduction="none", dim_reduction="sum", error="noise")
+    torch.testing.assert_close(other, ACTION * t.square() * rows)
+    q, u = critic(), torch.rand(3, 2, 1)
+    target, t = torch.randn(3, 2), torch.rand(3, 2, 1)
+    rows = q.loss(obs, action, target, u, t, reduction="none")
+    torch.testing.assert_close(q.loss(obs, action, target, u, t, reduction="none", error="noise"), t.square() * rows)
+
+
+NETWORKS = {
+    "residual, norm first": dict(hidden=(16, 16, 16), architecture=ff.ResidualMLP(2), norm="layer", norm_first=True),
+    "film": dict(
+        hidden=(16, 8), architecture=ff.FiLMUNet((16,)), norm=None, time_embedding=ff.Sinusoidal(8, (8,)), method="heun"
+    ),
+    "fpo": dict(hidden=(16,), output_scale=0.25, time_embedding=ff.PowerFourier(8), method="midpoint"),
+    "endpoint": dict(hidden=(16,), prediction="endpoint"),
+}
+
+
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+def test_networks_of_every_field(options):
+    obs, action = inputs(5)
+    policy, q = ff.FlowPolicy(OBS, ACTION, clip=None, **options), critic(**options)
+    noise, u = torch.randn(5, ACTION), torch.rand(5, 2)
+    method = options.get("method", "euler")
+    walked = ff.integrate(policy.field, noise, obs, num_steps=3, method=method)
+    assert torch.equal(policy(obs, noise, num_steps=3), walked)
+    assert policy.field.spec.output_scale == options.get("output_scale", 1.0)
+    cond = torch.cat([obs, action], -1)
+    walked = ff.integrate(q.field, q.start(u).unsqueeze(-1), cond, num_steps=3, method=method)
+    assert torch.equal(q(obs, action, u, num_steps=3), walked.mean(1))
+    (policy.loss(obs, action) + q.loss(obs, action, torch.randn(5))).backward()
+
+
+@pytest.mark.parametrize("lead", [(), (3, 5)])
+def test_a_deterministic_policy_starts_at_zero(lead):
+    policy = ff.FlowPolicy(OBS, ACTION, hidden=(16,), num_steps=2)
+    obs, _ = inputs(*lead)
+    zeros, noise = torch.zeros(*lead, ACTION), 0.1 * torch.randn(2, *lead, ACTION)
+    assert torch.equal(policy(obs, deterministic=True), policy(obs, zeros))
+    explored = policy(obs, deterministic=True, step_noise=noise)
+    assert explored.shape == (*lead, ACTION)
+    assert torch.equal(explored, policy(obs, zeros, step_noise=noise))
+    assert not torch.equal(explored, policy(obs, zeros))
+
+
 def test_one_step_policy_clips_unless_raw():
     policy = ff.OneStepPolicy(OBS, ACTION, hidden=(16,))
     with torch.no_grad():
@@ -166,6 +216,10 @@ def test_a_critic_learns_a_constant():
         (lambda: modules.value_ranges((-1, 0), 1.0), r"discount must be in \[0, 1\), got 1.0"),
         (lambda: modules.value_ranges((1, 0), 0.9), r"reward_range must be \(r_min, r_max\), got \(1, 0\)"),
         (lambda: ff.FlowPolicy(OBS, ACTION)(torch.zeros(3, 5)), r"FlowPolicy: obs must be \[..., 4\]"),
+        (lambda: ff.FlowPolicy(OBS, ACTION)(*inputs(3), deterministic=True), "noise must be None where deterministic"),
+        (lambda: ff.FlowPolicy(OBS, ACTION)(inputs(3)[0], step_noise=torch.zeros(10, 4, 2)), "step_noise must be"),
+        (lambda: ff.FlowPolicy(OBS, ACTION)(inputs(3)[0], step_noise=torch.zeros(9, 3, 2)), r"must be \[10, 3, 2\]"),
+        (lambda: ff.FlowPolicy(OBS, ACTION, method="rk4")(inputs(3)[0]), "method must be 'euler', 'midpoint' or"),
         (lambda: ff.OneStepPolicy(OBS, ACTION)(torch.zeros(3, OBS), torch.zeros(3, 1)), r"noise must be \[3, 2\]"),
         (lambda: critic()(*inputs(3), num_steps=-1), "num_steps must be at least 1"),
     ],

@@ -1,0 +1,640 @@
+"""The way back through a walk or a loss: one launch per part, then the weight gradients' matrix products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import plan
+from .fold import unfold
+from .integrate import stage_time, time_features
+from .launch import exact_products, target
+from .network import network_bwd, network_fwd
+from .pack import (
+    Packed,
+    Prepared,
+    Saved,
+    Weights,
+    constants,
+    partial_sums,
+    product_dtype,
+    scalars,
+    tiling,
+    turns,
+    unpad_layers,
+)
+from .tile import cast, embed_state, embed_state_grad, read_velocity_grad
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "MP", "samples", "num_steps", "film_stride_e", "film_stride_b", "i_low", "i_high", "R_P", "R_D"
+    ]
+)  # fmt: skip
+def backward_kernel(
+    grad_ptr,  # [E, M, D] gradient of the end of this part; with LOSS [E, M], of each row's loss
+    grad_path_ptr,  # [K, E, M, D] gradient of every step's start, with PATH
+    path_ptr,  # [K, E, M, D] every step's start, or x_t
+    stages_ptr,  # [K, E, M, D] every step's second point
+    error_ptr,  # [E, M, D] v - target, with LOSS
+    t_0_ptr,  # [E, M] start and end times, or t, without TABLE
+    t_1_ptr,
+    c_ptr,  # see integrate_fwd_kernel
+    time_ptr,
+    feat_ptr,
+    film_ptr,
+    film_time_ptr,
+    w_feat_ptr,
+    w_time_ptr,
+    w_film_ptr,
+    w_hidden_ptr,
+    b_hidden_ptr,
+    scale_ptr,
+    shift_ptr,
+    w_out_ptr,
+    b_out_ptr,
+    pre_ptr,  # workspaces of R_P rows: stored by the forward pass, or made again here with RECOMPUTE
+    stats_ptr,
+    y_ptr,
+    part_ptr,
+    h_ptr,  # see network_bwd
+    dpre_ptr,
+    xhat_ptr,
+    dfilm_ptr,
+    dcond_ptr,
+    dcond_film_ptr,
+    dnorm_ptr,
+    dv_ptr,  # [E, R_D, DP] float32 result with WEIGHTS: gradient of the head's output
+    state_ptr,  # [E, R_D, FP] result with WEIGHTS: state features
+    dtime_ptr,  # [E, R_D, TP] result with WEIGHTS and without TABLE: time features
+    dx_ptr,  # [E, M, D] result: gradient of the start of this part
+    dnoise_ptr,  # [K, E, M, D] result with NOISE: gradient of every step's end
+    M,
+    MP,
+    samples,
+    num_steps,
+    start,
+    end,
+    film_stride_e,
+    film_stride_b,
+    low,
+    high,
+    std,
+    eps,
+    output_scale,
+    i_low,  # evaluations i_low..i_high-1
+    i_high,
+    R_P,
+    R_D,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    F: tl.constexpr,
+    FP: tl.constexpr,
+    T: tl.constexpr,
+    TP: tl.constexpr,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    KP: tl.constexpr,
+    OFF: tl.constexpr,
+    OFF_Y: tl.constexpr,
+    OFF_W: tl.constexpr,
+    IN: tl.constexpr,
+    FRESH: tl.constexpr,
+    RES: tl.constexpr,
+    L: tl.constexpr,
+    V: tl.constexpr,
+    METHOD: tl.constexpr,
+    COND: tl.constexpr,
+    TABLE: tl.constexpr,
+    TIME: tl.constexpr,
+    EMBED: tl.constexpr,
+    PREDICTION: tl.constexpr,
+    ACT: tl.constexpr,
+    NORM: tl.constexpr,
+    FOLD: tl.constexpr,
+    ROLL: tl.constexpr,
+    LOSS: tl.constexpr,
+    PATH: tl.constexpr,
+    NOISE: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    DCOND: tl.constexpr,
+    ARITH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Walks the evaluations back. With g the gradient of x_{k+1}, h the step and J_i the Jacobian of evaluation i:
+
+        euler       g_k = g + J^T h g
+        midpoint    m = J_2^T h g,          g_k = g + m + J_1^T (h/2) m
+        heun        m = J_2^T (h/2) g,      g_k = g + m + J_1^T ((h/2) g + h m)
+
+    LOSS is one evaluation whose velocity has the gradient 2/D error grad.
+    """
+    i_b = tl.program_id(0)
+    i_e = tl.program_id(1).to(tl.int64)
+    n_b = tl.num_programs(0).to(tl.int64)
+    n_e = tl.num_programs(1).to(tl.int64)
+    DTYPE: tl.constexpr = w_feat_ptr.dtype.element_ty
+    HP0: tl.constexpr = HP[0]
+    SUM: tl.constexpr = OFF[L - 1] + HP[L - 1]
+    o_b = i_b * BM + tl.arange(0, BM)
+    m_b = o_b < M
+    o_f = tl.arange(0, FP)
+    o_d = tl.arange(0, DP)
+    o_t = tl.arange(0, TP)
+    o_s = tl.minimum(o_b, M - 1)
+    o_c = o_s // samples
+    r_m = i_e * MP + i_b * BM
+    n_v = num_steps * V
+    p_c = c_ptr + i_e * (M // samples) * HP0
+    p_film = film_ptr + i_e * film_stride_e
+    o_x = (i_e * M + o_b)[:, None] * D + o_d[None, :]
+    m_x = m_b[:, None] & (o_d < D)[None, :]
+
+    b_start = start
+    b_end = end
+    if not TABLE:
+        b_start = tl.load(t_0_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
+        b_end = tl.load(t_1_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
+    b_h = (b_end - b_start) / num_steps
+    b_mid = tl.zeros([BM, DP], tl.float32)
+    if LOSS:
+        b_row = tl.load(grad_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)
+        b_g = tl.load(error_ptr + o_x, mask=m_x, other=0.0) * (b_row * (2.0 / D))[:, None]
+    else:
+        b_g = tl.load(grad_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+    for j in tl.range(0, 1 if LOSS else i_high - i_low, num_stages=1, disable_licm=True):
+        tl.debug_barrier()
+        i = i_high - 1 - j
+        k = i // V
+        first = (i % V) == 0
+        o_k = k * n_e * M * D
+        b_part = stage_time(i, V, METHOD) / num_steps
+        b_t = (1.0 - b_part) * b_start + b_part * b_end
+        b_p = tl.load(path_ptr + o_k + o_x, mask=m_x & first, other=0.0)
+        if V == 2:
+            b_p += tl.load(stages_ptr + o_k + o_x, mask=m_x & (i % V == 1), other=0.0)
+        b_f = cast(embed_state(b_p, o_f, low, high, std, EMBED, F), DTYPE, ARITH)
+        p_t = feat_ptr + (i * n_e * M + i_e * M) * TP
+        b_tf = time_features(b_t, p_t, o_s, o_t, T, TP, TABLE, TIME, DTYPE, ARITH, BM)
+        p_time = time_ptr + i_e * HP0
+        p_film_time = film_time_ptr
+        if TABLE:
+            p_time = time_ptr + (i_e * n_v + i) * HP0
+            p_film_time = film_time_ptr + (i_e * n_v + i) * (2 * SUM)
+        r_d = r_m
+        if WEIGHTS:
+            r_d = i_e * R_D + (i - i_low) * MP + i_b * BM
+        r_p = r_d
+        if not RECOMPUTE:
+            r_p = i_e * R_P + i * MP + i_b * BM
+        if RECOMPUTE:
+            r_y = r_p
+            if FOLD:
+                r_y = r_m
+            network_fwd(
+                b_f,
+                b_tf,
+                p_t,
+                p_c,
+                p_time,
+                p_film,
+                p_film_time,
+                w_feat_ptr,
+                w_time_ptr,
+                w_film_ptr,
+                w_hidden_ptr,
+                b_hidden_ptr,
+                scale_ptr,
+                shift_ptr,
+                w_out_ptr,
+                b_out_ptr,
+                pre_ptr,
+                stats_ptr,
+                y_ptr,
+                part_ptr,
+                i_e,
+                n_e,
+                R_P,
+                MP if FOLD else R_P,
+                r_p,
+                r_y,
+                r_m,
+                o_c,
+                o_s,
+                film_stride_b,
+                o_d,
+                eps,
+                H,
+                HP,
+                KP,
+                OFF,
+                OFF_Y,
+                OFF_W,
+                IN,
+                RES,
+                L,
+                FP,
+                TP,
+                DP,
+                COND,
+                TABLE,
+                ACT,
+                NORM,
+                FOLD,
+                ROLL,
+                True,
+                ARITH,
+                PRECISION,
+                BM,
+                BN,
+                STAGES,
+            )
+            tl.debug_barrier()
+        b_dv = b_g
+        if NOISE:
+            tl.store(dnoise_ptr + o_k + o_x, b_g, mask=m_x & (i % V == V - 1))
+        if V == 2:
+            if METHOD == "midpoint":
+                b_dv = tl.where(first, (0.5 * b_h) * b_mid, b_h * b_g)
+            else:
+                b_dv = tl.where(first, (0.5 * b_h) * b_g + b_h * b_mid, (0.5 * b_h) * b_g)
+        elif not LOSS:
+            b_dv = b_h * b_g
+        b_dout, b_direct = read_velocity_grad(b_dv, b_t, output_scale, PREDICTION)
+        if WEIGHTS:
+            o_r = tl.arange(0, BM)[:, None]
+            tl.store(dv_ptr + r_d * DP + o_r * DP + o_d[None, :], b_dout)
+            tl.store(state_ptr + r_d * FP + o_r * FP + o_f[None, :], b_f)
+            if not TABLE:
+                tl.store(dtime_ptr + r_d * TP + o_r * TP + o_t[None, :], b_tf)
+        b_df = network_bwd(
+            b_dout,
+            p_t,
+            p_film,
+            p_film_time,
+            w_feat_ptr,
+            w_film_ptr,
+            w_hidden_ptr,
+            scale_ptr,
+            shift_ptr,
+            w_out_ptr,
+            pre_ptr,
+            stats_ptr,
+            h_ptr,
+            dpre_ptr,
+            xhat_ptr,
+            dfilm_ptr,
+            dcond_ptr,
+            dcond_film_ptr,
+            dnorm_ptr,
+            i_b,
+            i_e,
+            n_b,
+            n_e,
+            MP,
+            R_P,
+            R_D,
+            r_p,
+            r_m,
+            r_d,
+            o_c,
+            o_s,
+            film_stride_b,
+            o_d,
+            H,
+            HP,
+            KP,
+            OFF,
+            OFF_W,
+            IN,
+            FRESH,
+            RES,
+            L,
+            FP,
+            TP,
+            DP,
+            COND,
+            TABLE,
+            ACT,
+            NORM,
+            FOLD,
+            ROLL,
+            WEIGHTS,
+            DCOND,
+            ARITH,
+            PRECISION,
+            BM,
+            BN,
+            STAGES,
+        )
+        b_dx = embed_state_grad(b_df, b_p, o_f, low, high, std, EMBED, F, D) + b_direct
+        if PATH:
+            b_dx += tl.load(grad_path_ptr + o_k + o_x, mask=m_x & first, other=0.0).to(tl.float32)
+        if LOSS:
+            b_g = b_dx
+        elif V == 1:
+            b_g += b_dx
+        else:
+            b_g = tl.where(first, b_g + b_mid + b_dx, b_g)
+            b_mid = b_dx
+    tl.store(dx_ptr + o_x, b_g, mask=m_x)
+
+
+@dataclass
+class Gradients:
+    """Results of the way back, float32, every tensor with its E axis; what was not asked for is None."""
+
+    x: Tensor  # [E, B, S, D] of the walk's start, or of x_t
+    step_noise: Tensor | None = None  # [K, E, B, S, D]
+    cond: Tensor | None = None  # [E, B, H[0]] of cond's share of the first layer
+    film: Tensor | None = None  # [E, B, sum 2 H] of cond's share of FiLM
+    time: Tensor | None = None  # [E, N, H[0]] of Prepared.time
+    features: Tensor | None = None  # [N, E, B S, T] of Prepared.features
+    film_time: Tensor | None = None  # [E, N, sum 2 H] of Prepared.film_time
+    weights: Weights | None = None  # of every weight; the first layer's is in `state`, its bias in `time` above
+
+    def joined(self, other: Gradients) -> Gradients:
+        """Those of a loss whose rows came in two parts."""
+
+        def side_by_side(x: Tensor | None, y: Tensor | None, axis: int = 1) -> Tensor | None:
+            return None if x is None or y is None else torch.cat([x, y], dim=axis)
+
+        def added(x: Any, y: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                both = [added(i, j) for i, j in zip(x, y, strict=True)]
+                return Weights(*both) if isinstance(x, Weights) else type(x)(both)
+            return None if x is None else x + y
+
+        return Gradients(
+            torch.cat([self.x, other.x], dim=1),
+            cond=side_by_side(self.cond, other.cond),
+            film=side_by_side(self.film, other.film),
+            time=added(self.time, other.time),
+            features=side_by_side(self.features, other.features, 2),
+            weights=added(self.weights, other.weights),
+        )
+
+
+def backward(
+    grad: Tensor,
+    grad_path: Tensor | None,
+    path: Tensor,
+    stages: Tensor,
+    error: Tensor | None,
+    times: tuple[Tensor, Tensor] | tuple[float, float],
+    inputs: Prepared,
+    packed: Packed,
+    weights: Weights,
+    saved: Saved | None,
+    shape: tuple[int, int, int, int],
+    num_steps: int,
+    method: str,
+    needs_cond: bool,
+    needs_weights: bool,
+    needs_noise: bool,
+    net: plan.Network,
+) -> Gradients:
+    """Gradients of a walk (grad [E, B, S, D] of x_K), or with `error` of a loss (grad [E, B, S] of its rows).
+
+    `saved` holds the activations of every evaluation; None computes them again. With `needs_weights` activations and
+    their gradients are written out for the weight gradients' products, in parts of as many evaluations as
+    `plan.STORE_BYTES` allows.
+    """
+    e, b, s, d = shape
+    m, mp = b * s, plan.padded_rows(b * s)
+    v, shared = plan.evaluations(method), not isinstance(times[0], Tensor)
+    n_v, dtype, total = num_steps * v, product_dtype(net), sum(net.padded)
+    fold, film = net.fold, net.norm == "film"
+    part = plan.backward_part(net, e, mp, n_v, v, saved is not None) if needs_weights else n_v
+
+    def empty(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+        return grad.new_empty(sizes, dtype=dtype)
+
+    def zeros(*sizes: int) -> Tensor:
+        return grad.new_zeros(sizes, dtype=torch.float32)
+
+    rows = (part if needs_weights else 1) * mp  # per member, of what one launch writes
+    arch, sms = target(grad.device)
+    tiles = plan.choose("backward", arch, sms, net, e * mp)
+    blocks = triton.cdiv(mp, tiles.rows)
+    work = Saved.empty(grad, e, rows, net) if saved is None else saved
+    y = turns(grad, e, mp, net) if fold and saved is None else work.out
+    h = empty(e * mp * max(net.padded)) if fold else empty(e * mp * total, dtype=torch.float32)
+    dpre = empty(e * rows * total)
+    xhat = empty(e * rows * total if fold and needs_weights else 0)
+    dfilm = empty(e * rows * 2 * total if film and needs_weights else 0)
+    dv = empty(e, rows if needs_weights else 0, net.state_padded, dtype=torch.float32)
+    state = empty(e, rows if needs_weights else 0, net.features_padded)
+    features = empty(e, rows if needs_weights and not shared else 0, net.time_padded)
+    needs_inputs = needs_cond or needs_weights
+    dcond = zeros(e, mp, net.padded[0]) if needs_inputs and net.cond_dim and not film else zeros(0)
+    dcond_film = zeros(e, mp, 2 * total) if needs_inputs and film else zeros(0)
+    affine = not fold and net.norm in ("after", "before")
+    dnorm = zeros(2, blocks, e, total) if needs_weights and affine else zeros(0)
+    dnoise = empty(num_steps, e, b, s, d, dtype=torch.float32) if needs_noise else zeros(0)
+    constexprs = constants(net, shared)
+    sums = _WeightSums(net, weights, inputs, shared) if needs_weights else None
+    g = grad.contiguous()
+    for i_high in range(n_v, 0, -part):
+        i_low = max(0, i_high - part)
+        dx = empty(e, b, s, d, dtype=torch.float32)
+        backward_kernel[(blocks, e)](
+            g,
+            g if grad_path is None else grad_path.contiguous(),
+            path,
+            stages,
+            g if error is None else error,
+            *((g, g) if shared else (t.contiguous() for t in times)),
+            *inputs.pointers(g),
+            *packed,
+            work.pre,
+            work.stats,
+            y,
+            partial_sums(grad, e, mp, net),
+            h,
+            dpre,
+            xhat,
+            dfilm,
+            dcond,
+            dcond_film,
+            dnorm,
+            dv,
+            state,
+            features,
+            dx,
+            dnoise,
+            m,
+            mp,
+            s,
+            num_steps,
+            *(times if shared else (0.0, 0.0)),
+            *inputs.film_strides(),
+            *scalars(net),
+            i_low,
+            i_high,
+            work.rows,
+            rows,
+            **constexprs,
+            V=v,
+            METHOD=method,
+            LOSS=error is not None,
+            PATH=grad_path is not None,
+            NOISE=needs_noise,
+            RECOMPUTE=saved is None,
+            WEIGHTS=needs_weights,
+            DCOND=needs_inputs,
+            **tiling(tiles),
+        )
+        g = dx
+        if sums is not None:
+            outputs = _Rows(xhat, rows, 0) if fold else _Rows(work.out, work.rows, 0 if saved is None else i_low * mp)
+            sums.add(i_low, i_high, m, mp, outputs, _Rows(dpre, rows, 0), _Rows(dfilm, rows, 0), dv, state, features)
+    found = Gradients(g, dnoise if needs_noise else None)
+    if needs_inputs and net.cond_dim and not film:
+        found.cond = dcond[:, :m, : net.hidden[0]].unflatten(1, (b, s)).sum(2)
+    if needs_inputs and film:
+        found.film = torch.cat(unpad_layers(dcond_film[:, :m].unflatten(1, (b, s)).sum(2), net, 2), dim=-1)
+    if sums is not None:
+        sums.finish(found, dnorm)
+    return found
+
+
+@dataclass
+class _Rows:
+    """A workspace of `rows` rows per member, of which those from `first` on count."""
+
+    buffer: Tensor
+    rows: int
+    first: int
+
+    def layer(self, i: int, e: int, count: int, net: plan.Network, copies: int = 1) -> Tensor:
+        """Layer i's share, [E, count, copies * HP[i]]."""
+        width = copies * net.padded[i]
+        start = e * self.rows * copies * net.offsets[i]
+        block = self.buffer[start : start + e * self.rows * width].view(e, self.rows, width)
+        return block[:, self.first : self.first + count]
+
+
+class _WeightSums:
+    """The products that reduce over rows, summed over the parts of a walk.
+
+    They run over the padding as well: gradients are zero there. There are no atomics: the same inputs give the same
+    bits.
+    """
+
+    def __init__(self, net: plan.Network, weights: Weights, inputs: Prepared, shared: bool) -> None:
+        self.net, self.weights, self.inputs, self.shared = net, weights, inputs, shared
+        self.sums: dict[tuple[str, int], Tensor] = {}
+        self.parts: dict[str, list[Tensor]] = {"time": [], "film_time": [], "features": []}
+
+    def _sum(self, name: str, i: int, value: Tensor) -> None:
+        self.sums[name, i] = self.sums[name, i] + value if (name, i) in self.sums else value
+
+    def add(
+        self,
+        i_low: int,
+        i_high: int,
+        m: int,
+        mp: int,
+        outputs: _Rows,
+        dpre: _Rows,
+        dfilm: _Rows,
+        dv: Tensor,
+        state: Tensor,
+        features: Tensor,
+    ) -> None:
+        """One part: evaluations i_low..i_high-1, in rows (evaluation, row)."""
+        net, count = self.net, (i_high - i_low) * mp
+        e = dv.shape[0]
+        dv, state, features = dv[:, :count], state[:, :count], features[:, :count]
+        dfeatures = None
+        with exact_products(net.precision):
+            for i in range(net.layers):
+                d = dpre.layer(i, e, count, net)
+                if i == 0:
+                    self._sum("state", 0, _product(state.mT, d))
+                    if self.shared:
+                        per_step = d.unflatten(1, (-1, mp)).sum(2, dtype=torch.float32)
+                        self.parts["time"].insert(0, per_step[..., : net.hidden[0]])
+                    else:
+                        self._sum("b", 0, d.sum(1, dtype=torch.float32))
+                    if self.weights.time is not None:
+                        self._sum("time", 0, _product(features.mT, d))
+                        dfeatures = _product(d[..., : net.hidden[0]], self.weights.time.to(d.dtype).mT)
+                    continue
+                self._sum("b", i, d.sum(1, dtype=torch.float32))
+                x = [outputs.layer(j, e, count, net).mT for j in net.inputs[i]]
+                self._sum("w", i, torch.cat([_product(part, d) for part in x], dim=1))
+            last = outputs.layer(net.layers - 1, e, count, net)
+            self._sum("w", net.layers, _product(last.mT, dv.to(last.dtype)))
+            self._sum("b", net.layers, dv.sum(1))
+            if net.norm == "film":
+                per_step = []
+                for i in range(net.layers):
+                    d = dfilm.layer(i, e, count, net, copies=2)
+                    d = d.unflatten(2, (2, net.padded[i]))[..., : net.hidden[i]].flatten(2)
+                    if self.shared:
+                        per_step.append(d.unflatten(1, (-1, mp)).sum(2, dtype=torch.float32))
+                        continue
+                    self._sum("film", i, _product(features.mT, d))
+                    more = _product(d, self.weights.films[i].to(d.dtype).mT)
+                    dfeatures = more if dfeatures is None else dfeatures + more
+                if self.shared:
+                    self.parts["film_time"].insert(0, torch.cat(per_step, dim=-1))
+        if dfeatures is not None and self.inputs.features is not None:
+            self.parts["features"].insert(0, dfeatures.unflatten(1, (-1, mp))[:, :, :m].transpose(0, 1))
+
+    def finish(self, found: Gradients, dnorm: Tensor) -> None:
+        """Writes the sums into `found`."""
+        net, sums = self.net, self.sums
+        f, t, h = net.state_features, net.time_features, net.hidden
+        if self.shared:
+            found.time = torch.cat(self.parts["time"], dim=1)
+        else:
+            found.time = sums["b", 0][:, None, : h[0]]
+        if self.parts["film_time"]:
+            found.film_time = torch.cat(self.parts["film_time"], dim=1)
+        if self.parts["features"]:
+            found.features = torch.cat(self.parts["features"], dim=0)
+        layers: list[tuple[Tensor, Tensor]] = [(sums["b", 1], sums["b", 1])]  # the first layer's are elsewhere
+        norms: list[tuple[Tensor, Tensor]] = []
+        for i in range(1, net.layers + 1):
+            w = self.weights.layers[i][0]
+            g, db, width = sums["w", i], sums["b", i], w.shape[-1]
+            if net.fold and net.norm == "after":
+                dw, dscale, dshift = unfold(g, db, w, *self.weights.norms[i - 1])
+                norms.append((dscale, dshift))
+            else:
+                into = net.inputs[i] if i < net.layers else (net.layers - 1,)
+                parts = g.split([net.padded[j] for j in into], dim=1)
+                dw = torch.cat([part[:, : h[j], :width] for part, j in zip(parts, into, strict=True)], dim=1)
+            layers.append((dw, db[:, :width]))
+        if dnorm.numel():
+            total = dnorm.sum(1)  # [2, E, sum HP]
+            scales, shifts = (unpad_layers(x, net, 1) for x in total)
+            norms = list(zip(scales, shifts, strict=True))
+        found.weights = Weights(
+            layers,
+            norms,
+            sums["state", 0][:, :f, : h[0]],
+            sums["time", 0][:, :t, : h[0]] if ("time", 0) in sums else None,
+            [sums["film", i][:, :t] for i in range(net.layers)] if ("film", 0) in sums else [],
+        )
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Batched x @ y, accumulated and returned in float32 also for bfloat16 operands."""
+    if x.dtype == torch.float32:
+        return torch.bmm(x, y)
+    if not x.is_cuda:
+        return torch.bmm(x.float(), y.float())
+    return torch.bmm(x, y, out_dtype=torch.float32)
