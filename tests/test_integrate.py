@@ -1,72 +1,142 @@
-"""The walk's kernel against the reference in float64: in the interpreter without a GPU, on real kernels with one."""
+"""The walk's kernels, forward and backward, against the reference in float64: in the interpreter without a GPU, on real
+kernels with one."""
 
 from __future__ import annotations
 
+import copy
+import math
+from typing import Any
+
 import pytest
 import torch
-from conftest import HAS_GPU, assert_as_accurate, products
-from networks import SPECS, in_float64, random_field, random_inputs, to_float64
+from conftest import HAS_GPU, assert_close_rms, assert_pass_as_accurate, products, rms
+from networks import (
+    SPECS,
+    WALK_FACTORS,
+    in_float64,
+    name_of,
+    pairwise,
+    random_field,
+    random_inputs,
+    spec_of,
+    to_float64,
+)
 
 import fastflow as ff
 
 pytest.importorskip("triton")
 
-# The interpreter computes in float32; a GPU also runs the tensor-core paths.
-PRECISIONS = ["bf16", "tf32", "fp32"] if HAS_GPU else ["fp32"]
+from fastflow.kernels import plan
 
-# Relative error allowed where there are too few numbers to compare two errors by.
-FEW_NUMBERS = {"bf16": 3e-2, "tf32": 4e-3, "fp32": 2e-6}
+# The interpreter has no tensor cores; bfloat16 it computes with as a GPU would, rounded by hand.
+PRECISIONS = ["bf16", "tf32", "fp32"] if HAS_GPU else ["bf16", "fp32"]
+WALKS = pairwise(WALK_FACTORS)
 
 pytestmark = pytest.mark.poison
 
 
-def compare(spec, batch, samples, num_steps, precision, device, t_1=1.0):
-    field = random_field(spec, device)
-    inputs = random_inputs(spec, batch, samples, device)
-    exact_field, exact_inputs = in_float64(field), to_float64(inputs)
+def walk_and_gradients(field, inputs, **options) -> dict[str, torch.Tensor]:
+    """The displacement (what the walk computed), and the gradient of a sum over every x_k with uneven weights."""
+    x_0 = inputs["x_0"].clone().requires_grad_()
+    cond = None if inputs["cond"] is None else inputs["cond"].clone().requires_grad_()
+    noise = options.pop("step_noise", None)
+    noise = None if noise is None else noise.clone().requires_grad_()
+    x = ff.integrate(field, x_0, cond, step_noise=noise, **options)
+    moved = x - x_0
+    found = {"displacement": (moved[1:] if options.get("trajectory") else moved).detach()}
+    leaves = {"x_0": x_0, "cond": cond, "step_noise": noise} | dict(field.named_parameters())
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    weights = torch.linspace(-1, 2, x.numel(), dtype=torch.float64).to(x).view_as(x)
+    grads = torch.autograd.grad((x * weights).sum(), list(leaves.values()), materialize_grads=True)
+    return found | dict(zip(leaves, grads, strict=True))
 
-    def walk(field, inputs, **options):
-        with torch.no_grad():
-            x = ff.integrate(field, inputs["x_0"], inputs["cond"], num_steps=num_steps, t_1=t_1, **options)
-            return x - inputs["x_0"]  # the displacement: what the walk computed
 
-    fused = walk(field, inputs, backend="fused", precision=precision)
+def compare(field, inputs, precision, **options) -> None:
+    fused = walk_and_gradients(field, inputs, backend="fused", precision=precision, **options)
+    options.pop("activations", None)
     with products(precision):
-        eager = walk(field, inputs, backend="reference", precision=precision)
-    exact = walk(exact_field, exact_inputs, backend="reference")
-    # A handful of numbers says little of accuracy: one of two equal errors is often more than twice the other.
-    floor = FEW_NUMBERS[precision] if exact.numel() < 16 else 2e-6
-    assert_as_accurate("displacement", fused, eager, exact, ratio_floor=floor)
+        eager = walk_and_gradients(field, inputs, backend="reference", precision=precision, **options)
+    options = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    exact = walk_and_gradients(in_float64(field), to_float64(inputs), backend="reference", **options)
+    assert_pass_as_accurate(fused, eager, exact, precision)
+
+
+def walk_options(combination: dict[str, Any], inputs, num_steps: int) -> dict[str, Any]:
+    options: dict[str, Any] = {name: combination[name] for name in ("method", "activations", "trajectory")}
+    # The two predictions divide by 1 - t and t: away from there, or clamped, as the walk goes.
+    first, last = {"velocity": (0.0, 1.0), "endpoint": (0.0, 0.9), "noise": (0.1, 1.0)}[combination["prediction"]]
+    rows = inputs["t"]
+    options |= {
+        "whole": dict(t_0=first, t_1=last),
+        "part": dict(t_0=0.2, t_1=0.7),
+        "backwards": dict(t_0=last, t_1=first),
+        "per-row": dict(t_0=first, t_1=first + (last - first) * rows),
+    }[combination["times"]]
+    if combination["step_noise"]:
+        options["step_noise"] = 0.1 * torch.randn(num_steps, *inputs["x_0"].shape, device=rows.device)
+    return options | dict(num_steps=num_steps)
+
+
+@pytest.mark.parametrize("combination", WALKS, ids=map(name_of, WALKS))
+def test_every_field_and_walk(combination, device):
+    spec = spec_of(combination)
+    field = random_field(spec, device)
+    inputs = random_inputs(spec, 10 if combination["samples"] else 30, combination["samples"], device)
+    compare(field, inputs, combination["precision"], **walk_options(combination, inputs, 2))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", SPECS)
-def test_integrate_matches_reference(name, precision, device):
-    compare(SPECS[name], 19, 3, 3, precision, device)
+def test_euler_walk_of_every_network(name, precision, device):
+    field = random_field(SPECS[name], device)
+    compare(field, random_inputs(SPECS[name], 19, 3, device), precision, num_steps=3)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("batch", [1, 3, 127, 129])
 def test_any_number_of_rows(batch, precision, device):
-    compare(SPECS["scalar-identity"], batch, None, 2, precision, device)
+    spec = SPECS["scalar-identity"]
+    compare(random_field(spec, device), random_inputs(spec, batch, None, device), precision, num_steps=2)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 16, 17])
 def test_any_number_of_steps(num_steps, device):
-    compare(SPECS["floq"], 4, None, num_steps, "fp32", device)
+    spec = SPECS["floq"]
+    compare(random_field(spec, device), random_inputs(spec, 4, None, device), "fp32", num_steps=num_steps)
 
 
-@pytest.mark.parametrize("t_1", [0.25, 1.0])
-def test_end_time(t_1, device):
-    compare(SPECS["floq-as-written"], 5, 2, 3, "fp32", device, t_1=t_1)
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_order_of_convergence(method, order, device):
+    spec = SPECS["actor"]
+    field = random_field(spec, device)
+    inputs = random_inputs(spec, 8, None, device)
+    exact = ff.integrate(
+        in_float64(field), inputs["x_0"].double(), inputs["cond"].double(), num_steps=256, method="midpoint"
+    )
+    steps = [2, 4, 8]
+    with torch.no_grad():
+        errors = [
+            rms(
+                ff.integrate(
+                    field, inputs["x_0"], inputs["cond"], num_steps=k, method=method, backend="fused", precision="fp32"
+                ).double()
+                - exact
+            )
+            for k in steps
+        ]
+    slope = -math.log2(errors[-1] / errors[0]) / math.log2(steps[-1] / steps[0])
+    assert slope == pytest.approx(order, abs=0.2)
 
 
 def test_state_far_outside_the_embedding_s_range(device):
     field = random_field(SPECS["floq"], device)
-    x_0 = torch.tensor([[-1e30], [-600.0], [400.0], [1e30]], device=device)
+    x_0 = torch.tensor([[-1e30], [-600.0], [400.0], [1e30]], device=device, requires_grad=True)
     cond = torch.randn(4, 5, device=device)
     walked = ff.integrate(field, x_0, cond, num_steps=4, backend="fused", precision="fp32")
     assert torch.isfinite(walked).all()
+    walked.sum().backward()
+    # Clamped: the velocity does not depend on the state there. Two members share each start.
+    assert torch.equal(x_0.grad, torch.full_like(x_0, 2.0))
 
 
 def test_several_fields_in_one_launch_are_the_fields_alone(device):
@@ -74,12 +144,18 @@ def test_several_fields_in_one_launch_are_the_fields_alone(device):
     fields = [random_field(spec, device) for _ in range(2)]
     cond = torch.randn(4, 7, spec.cond_dim, device=device)
     x_0 = torch.randn(4, 7, 1, device=device)
-    with torch.no_grad():
-        together = ff.integrate(fields, x_0, cond, num_steps=3, backend="fused", precision="fp32")
-        for i, field in enumerate(fields):
-            part = slice(2 * i, 2 * i + 2)
-            alone = ff.integrate(field, x_0[part], cond[part], num_steps=3, backend="fused", precision="fp32")
-            assert torch.equal(together[part], alone)
+    options = dict(num_steps=3, backend="fused", precision="fp32")
+    parameters = [p for field in fields for p in field.parameters()]
+    together = ff.integrate(fields, x_0, cond, **options)
+    gradients = torch.autograd.grad(together.square().sum(), parameters)
+    alone = [
+        ff.integrate(field, x_0[part], cond[part], **options)
+        for field, part in zip(fields, (slice(0, 2), slice(2, 4)), strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+    expected = torch.autograd.grad(torch.cat(alone).square().sum(), parameters)
+    for found, wanted in zip(gradients, expected, strict=True):
+        assert_close_rms("gradient", found, wanted, 1e-6)
 
 
 def test_strided_inputs_are_read_where_they_are_and_left_alone(device):
@@ -97,32 +173,70 @@ def test_strided_inputs_are_read_where_they_are_and_left_alone(device):
     assert torch.equal(x_wide, before[1])
 
 
-def test_gradients_of_the_walk(device):
-    """The walk's kernel is forward only; its gradient recomputes through the reference and must agree with it."""
-    spec = SPECS["floq"]
+@pytest.mark.parametrize("name", ["floq", "actor"])
+def test_gradients_of_actions_alone_and_of_one_parameter(name, device):
+    spec = SPECS[name]
     field = random_field(spec, device)
     inputs = random_inputs(spec, 6, 2, device)
-    grads = []
-    for backend, f, x in (
-        ("fused", field, inputs),
-        ("reference", field, inputs),
-        ("reference", in_float64(field), to_float64(inputs)),
-    ):
-        leaves = [x["x_0"].clone().requires_grad_(), x["cond"].clone().requires_grad_()]
-        walked = ff.integrate(f, *leaves, num_steps=3, backend=backend, precision="fp32")
-        grads.append(torch.autograd.grad(walked.square().sum(), [*leaves, *f.parameters()]))
-    for i, (fused, eager, exact) in enumerate(zip(*grads)):
-        assert_as_accurate(f"gradient {i}", fused, eager, exact, ratio_floor=2e-6)
+    options = dict(num_steps=2, backend="fused", precision="fp32")
+
+    def gradient(*leaves):
+        wanted = {id(leaf) for leaf in leaves}
+        for p in field.parameters():
+            p.requires_grad_(id(p) in wanted)
+        cond = inputs["cond"].requires_grad_(id(inputs["cond"]) in wanted)
+        x = ff.integrate(field, inputs["x_0"], cond, **options)
+        return torch.autograd.grad(x.square().sum(), leaves)
+
+    weight = field.layers[1].weight
+    both = gradient(inputs["cond"], weight)
+    assert_close_rms("cond", gradient(inputs["cond"])[0], both[0], 1e-6)
+    assert_close_rms("weight", gradient(weight)[0], both[1], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["floq", "no-cond"])
+def test_gradients_are_the_same_bits_every_time_and_however_made(name, device, monkeypatch):
+    spec = SPECS[name]
+    field = random_field(spec, device)
+    inputs = random_inputs(spec, 5, 3, device)
+
+    def gradients(**options):
+        return walk_and_gradients(field, inputs, num_steps=5, backend="fused", precision="fp32", **options)
+
+    first = gradients(activations="store")
+    for again in (gradients(activations="store"), gradients(activations="recompute")):
+        assert all(torch.equal(first[key], again[key]) for key in first)
+    # In parts of a step each: sums over steps are taken in another order.
+    monkeypatch.setattr(plan, "STORE_BYTES", 1)
+    for key, value in gradients(activations="recompute").items():
+        assert_close_rms(key, value, first[key], 1e-5)
+
+
+def test_the_field_is_read_anew_at_every_call(device):
+    spec = SPECS["floq"]
+    field, other = random_field(spec, device), random_field(spec, device)
+    inputs = random_inputs(spec, 4, None, device)
+
+    def walk(field):
+        with torch.no_grad():
+            return ff.integrate(field, inputs["x_0"], inputs["cond"], num_steps=2, backend="fused", precision="fp32")
+
+    before, wanted = walk(field), walk(other)
+    twin = copy.deepcopy(field)
+    for mine, theirs in zip(field.parameters(), other.parameters(), strict=True):
+        mine.data.copy_(theirs.data)
+    assert torch.equal(walk(field), wanted)
+    assert torch.equal(walk(twin), before)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_published_sizes(precision, device):
+def test_published_sizes_on_a_gpu(precision, device):
     spec = ff.FieldSpec(
         1, 42, (512,) * 4, 2, norm="layer", state_embedding=ff.HLGauss(-101.0, 1.0), time_embedding=ff.Cosine()
     )
-    compare(spec, 256, 8, 8, precision, device)
-    compare(spec, 2048, None, 8, precision, device)
+    for batch, samples in ((256, 8), (2048, None)):
+        compare(random_field(spec, device), random_inputs(spec, batch, samples, device), precision, num_steps=8)
 
 
 @pytest.mark.gpu
@@ -141,3 +255,27 @@ def test_walk_is_captured_in_a_cuda_graph(device):
     x_0.normal_()
     graph.replay()
     assert torch.equal(out, walk())
+
+
+@pytest.mark.gpu
+def test_gradients_are_captured_in_a_cuda_graph(device):
+    spec = SPECS["floq"]
+    field = random_field(spec, device)
+    x_0, cond = torch.randn(64, 1, device=device), torch.randn(64, 5, device=device)
+
+    def gradients():
+        x = ff.integrate(field, x_0, cond, num_steps=4, backend="fused", precision="bf16")
+        return torch.autograd.grad(x.square().sum(), list(field.parameters()))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients()
+    x_0.normal_()
+    graph.replay()
+    for found, wanted in zip(captured, gradients(), strict=True):
+        assert torch.equal(found, wanted)
