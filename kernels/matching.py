@@ -16,11 +16,16 @@ from .pack import Packed, Prepared, Saved, constants, partial_sums, scalars, til
 from .tile import cast, embed_state, read_velocity
 
 
-@triton.jit(do_not_specialize=["M", "MP", "samples", "film_stride_e", "film_stride_b"])
+@triton.jit(
+    do_not_specialize=[
+        *("M", "MP", "samples", "film_stride_e", "film_stride_b"),
+        *(f"{tensor}_stride_{axis}" for tensor in "abt" for axis in "ebs"),
+    ]
+)
 def matching_fwd_kernel(
-    a_ptr,  # [E, M, D] x_0, or x_t without INTERPOLATE
-    b_ptr,  # [E, M, D] x_1, or the target velocity
-    t_ptr,  # [E, M]
+    a_ptr,  # [E, B, S, D] x_0, or x_t without INTERPOLATE
+    b_ptr,  # [E, B, S, D] x_1, or the target velocity
+    t_ptr,  # [E, B, S]
     seed_ptr,  # int64, with DRAW: x_0 is drawn here
     ids_ptr,  # int64 [B], with DRAW: one per row of cond
     c_ptr,  # see integrate_fwd_kernel
@@ -48,6 +53,15 @@ def matching_fwd_kernel(
     MP,
     samples,
     keep_start,  # 1 - sigma_min
+    a_stride_e,  # of members, rows and samples: what they share is not copied
+    a_stride_b,
+    a_stride_s,
+    b_stride_e,
+    b_stride_b,
+    b_stride_s,
+    t_stride_e,
+    t_stride_b,
+    t_stride_s,
     film_stride_e,
     film_stride_b,
     low,
@@ -106,19 +120,22 @@ def matching_fwd_kernel(
     o_x = (i_e * M + o_b)[:, None] * D + o_d[None, :]
     m_x = m_b[:, None] & (o_d < D)[None, :]
 
-    b_y = tl.load(b_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+    o_k = o_s % samples
+    p_b = b_ptr + i_e * b_stride_e + (o_c.to(tl.int64) * b_stride_b + o_k * b_stride_s)[:, None]
+    b_y = tl.load(p_b + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
     if DRAW:
         seed = tl.load(seed_ptr)
         b_id = tl.load(ids_ptr + o_c)
-        o_k = o_b % samples
         b_x = philox_normal(seed, b_id[:, None], o_k[:, None], o_d[None, :])
         b_x = tl.where(m_x, b_x, 0.0)
     else:
-        b_x = tl.load(a_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+        p_a = a_ptr + i_e * a_stride_e + (o_c.to(tl.int64) * a_stride_b + o_k * a_stride_s)[:, None]
+        b_x = tl.load(p_a + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
     if DRAW_TIME:
         b_t = philox_uniform(seed, b_id, o_k)[:, None]
     else:
-        b_t = tl.load(t_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
+        p_t = t_ptr + i_e * t_stride_e + o_c.to(tl.int64) * t_stride_b + o_k * t_stride_s
+        b_t = tl.load(p_t, mask=m_b, other=0.0).to(tl.float32)[:, None]
     b_u = b_y
     if INTERPOLATE:
         b_u = b_y - keep_start * b_x
@@ -126,12 +143,12 @@ def matching_fwd_kernel(
     if KEEP:
         tl.store(point_ptr + o_x, b_x, mask=m_x)
     b_f = cast(embed_state(b_x, o_f, low, high, std, EMBED, F), DTYPE, ARITH)
-    p_t = feat_ptr + i_e * M * TP
-    b_tf = time_features(b_t, p_t, o_s, o_t, T, TP, False, TIME, DTYPE, ARITH, BM)
+    p_f = feat_ptr + i_e * M * TP
+    b_tf = time_features(b_t, p_f, o_s, o_t, T, TP, False, TIME, DTYPE, ARITH, BM)
     b_out = network_fwd(
         b_f,
         b_tf,
-        p_t,
+        p_f,
         c_ptr + i_e * (M // samples) * HP[0],
         time_ptr + i_e * HP[0],
         film_ptr + i_e * film_stride_e,
@@ -214,7 +231,10 @@ def matching(
     """
     e, batch, s, _ = b.shape
     m = batch * s
-    b = b.contiguous()
+    draw_time = t.numel() == 0
+    b = b if b.stride(-1) == 1 else b.contiguous()
+    a = b if seed is not None else a if a.stride(-1) == 1 else a.contiguous()
+    t = t if t.numel() else b[..., 0]  # drawn in the kernel
     mp = plan.padded_rows(m)
     rows = b.new_empty((e, batch, s))
     error, point = (b.new_empty(b.shape if keep else (0,), dtype=torch.float32) for _ in range(2))
@@ -224,9 +244,9 @@ def matching(
     constexprs = constants(net, shared_times=False)
     # The backward pass's products run over all MP rows, so training writes the padding too.
     matching_fwd_kernel[(triton.cdiv(m if saved is None else mp, tiles.rows), e)](
-        b if seed is not None else a.contiguous(),
+        a,
         b,
-        t.contiguous() if t.numel() else b,
+        t,
         b if seed is None else seed,
         b if ids is None else ids.contiguous(),
         *inputs.pointers(b),
@@ -242,12 +262,13 @@ def matching(
         mp,
         s,
         1.0 - sigma_min,
+        *(stride for x in (a, b, t) for stride in x.stride()[:3]),
         *inputs.film_strides(),
         *scalars(net),
         **{name: value for name, value in constexprs.items() if name not in ("FRESH", "TABLE")},
         INTERPOLATE=interpolate,
         DRAW=seed is not None,
-        DRAW_TIME=seed is not None and t.numel() == 0,
+        DRAW_TIME=draw_time,
         KEEP=keep,
         SAVE=saved is not None,
         **tiling(tiles),

@@ -236,14 +236,14 @@ def network_fwd(
     BNL: tl.constexpr = BN if BN < HPL else HPL
     p_last = y_ptr + n_e * R_Y * OFF_Y[L - 1] + r_y * HPL + o_b[:, None] * HPL
     b_v = tl.zeros([BM, DP], tl.float32)
-    if DP == 1:
-        o_h = tl.arange(0, HPL)
-        b_wo = tl.load(w_out_ptr + i_e * HPL + o_h)
-        b_v = tl.sum(tl.load(p_last + o_h[None, :]).to(tl.float32) * b_wo[None, :], 1)[:, None]
-    else:
-        for n in tl.range(0, HPL, BNL, num_stages=1):
-            o_k = n + tl.arange(0, BNL)
-            b_y = tl.load(p_last + o_k[None, :])
+    for n in tl.range(0, HPL, BNL, num_stages=1):
+        o_k = n + tl.arange(0, BNL)
+        b_y = tl.load(p_last + o_k[None, :])
+        if DP == 1:
+            # In tiles as well: the layout of a whole row's sum would spread to the embedding, which needs far more.
+            b_wo = tl.load(w_out_ptr + i_e * HPL + o_k)
+            b_v += tl.sum(b_y.to(tl.float32) * b_wo[None, :], 1)[:, None]
+        else:
             b_wo = tl.load(w_out_ptr + (i_e * HPL + o_k)[:, None] * DP + o_d[None, :])
             b_v += product(b_y, cast(b_wo, DTYPE, ARITH), PRECISION, ARITH)
     if FOLD and NORM == "after":

@@ -238,6 +238,9 @@ def constants(net: plan.Network, shared_times: bool) -> dict[str, Any]:
     )
 
 
-def tiling(tiles: plan.Tiles) -> dict[str, int]:
+def tiling(tiles: plan.Tiles) -> dict[str, int | bool]:
     """The launch arguments that every kernel takes from the plan."""
-    return dict(BM=tiles.rows, BN=tiles.columns, STAGES=tiles.num_stages, num_warps=tiles.num_warps)
+    # Triton changes its default for the contraction of a * b + c from 3.10 on.
+    return dict(
+        BM=tiles.rows, BN=tiles.columns, STAGES=tiles.num_stages, num_warps=tiles.num_warps, enable_fp_fusion=True
+    )
