@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, cast
@@ -72,6 +73,7 @@ class HLGauss:
 
     def __post_init__(self) -> None:
         _check_range(self, self.low, self.high)
+        _check_int(self, "bins", self.bins)
         if self.bins < 2:
             raise ValueError(f"HLGauss: bins must be at least 2 (edges of at least one interval), got {self.bins}")
         if not (math.isfinite(self.sigma) and self.sigma > 0):
@@ -115,6 +117,7 @@ class CosineFourier:
     dim: int = 64
 
     def __post_init__(self) -> None:
+        _check_int(self, "dim", self.dim)
         if self.dim < 1:
             raise ValueError(f"CosineFourier: dim must be at least 1, got {self.dim}")
 
@@ -132,6 +135,7 @@ class PowerFourier:
     dim: int = 8
 
     def __post_init__(self) -> None:
+        _check_int(self, "dim", self.dim)
         if self.dim < 2 or self.dim % 2:
             raise ValueError(f"PowerFourier: dim must be even and at least 2, got {self.dim}")
 
@@ -158,6 +162,7 @@ class Sinusoidal:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
+        _check_int(self, "dim", self.dim)
         if self.dim < 2 or self.dim % 2:
             raise ValueError(f"Sinusoidal: dim must be even and at least 2, got {self.dim}")
         if not all(isinstance(width, int) and width >= 1 for width in self.hidden):
@@ -174,6 +179,11 @@ class Sinusoidal:
 
 StateEmbedding = Identity | Scaled | HLGauss
 TimeEmbedding = RawTime | Cosine | CosineFourier | PowerFourier | Sinusoidal
+
+
+def _check_int(owner: object, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{type(owner).__name__}: {name} must be an int, got {value!r}")
 
 
 # Architectures ------------------------------------------------------------------------------------------------------
@@ -204,6 +214,7 @@ class ResidualMLP:
     depth: int = 2
 
     def __post_init__(self) -> None:
+        _check_int(self, "depth", self.depth)
         if self.depth < 1:
             raise ValueError(f"ResidualMLP: depth must be at least 1 layer per block, got {self.depth}")
 
@@ -286,7 +297,8 @@ class FieldSpec:
         architecture: `MLP()`, `ResidualMLP(depth)` or `FiLMUNet(cond_hidden)`, which brings its own norm.
         output_scale: the head's output is multiplied by it (FPO: 0.25).
         prediction: what the head predicts: "velocity"; "endpoint", the data x_1, from which v = (x_1 - x_t) / (1 - t);
-            or "noise", x_0, from which v = (x_t - x_0) / t. Denominators are at least `reference.TIME_MARGIN`.
+            or "noise", x_0, from which v = (x_t - x_0) / t. Denominators are at least `reference.TIME_MARGIN`. Both are
+            those of the path without `sigma_min`.
 
     Raises:
         ValueError: a size, name or combination that describes no network.
@@ -338,6 +350,8 @@ class FieldSpec:
             raise TypeError(f"FieldSpec: architecture must be MLP, ResidualMLP or FiLMUNet, got {self.architecture!r}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"FieldSpec: prediction must be one of {PREDICTIONS}, got {self.prediction!r}")
+        if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
+            raise ValueError(f"FieldSpec: norm_eps must be finite and not negative, got {self.norm_eps}")
         if not (math.isfinite(self.output_scale) and self.output_scale != 0):
             raise ValueError(f"FieldSpec: output_scale must be finite and not 0, got {self.output_scale}")
         if self.norm_first and self.norm is None:

@@ -485,3 +485,24 @@ def test_states_of_another_ensemble_are_refused(name, members):
     x, t, cond = inputs_of(spec)
     with pytest.raises(ValueError, match=rf"velocity: x_t must be \[2, \.\.\., D\], got \[{members}, 4, "):
         ff.VelocityField(spec)(x.expand(members, *x.shape), t, cond)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e-6])
+def test_norm_eps_is_a_number_to_divide_by(bad):
+    with pytest.raises(ValueError, match="norm_eps must be finite and not negative"):
+        ff.FieldSpec(1, 1, norm_eps=bad)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: ff.HLGauss(0.0, 1.0, bins=51.0), "bins"),
+        (lambda: ff.CosineFourier(8.0), "dim"),
+        (lambda: ff.PowerFourier(8.0), "dim"),
+        (lambda: ff.Sinusoidal(8.0), "dim"),
+        (lambda: ff.ResidualMLP(2.0), "depth"),
+    ],
+)
+def test_sizes_are_ints(make, name):
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        make()
