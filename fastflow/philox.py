@@ -75,8 +75,8 @@ def normal(bits_a: Tensor, bits_b: Tensor) -> Tensor:
         bits_a, bits_b: int64 with values in [0, 2**32), of shapes that broadcast.
     """
     n = (bits_a >> 8) + 1  # u = n 2**-24 = (1 + f) 2**-e
-    exponent = (n.to(torch.float32).view(torch.int32) - 0x3F3504F3) >> 23  # the bits of sqrt(1/2), where 1 + f begins
-    e = 24 - exponent.to(torch.int64)
+    mantissa, exponent = torch.frexp(n.to(torch.float32))
+    e = 24 - (exponent - (mantissa < 0.7071067690849304).int()).to(torch.int64)  # 1 + f begins at float32's sqrt(1/2)
     f = (n << e) - (1 << 24)
     minus_log = e * LN_2 - f * _polynomial(LOG, f << 6)
     # Cut to 51 bits: more would be rounded twice where a conversion goes by way of float64.

@@ -224,7 +224,7 @@ def arguments(kernel: str, net: plan.Network, tiles: plan.Tiles) -> tuple[object
         elif name.endswith("_ptr"):
             types[name] = "*i64" if name in ("seed_ptr", "ids_ptr") else "*fp32"
         else:
-            types[name] = "i32" if name in _INTEGERS or "_stride_" in name else "fp32"
+            types[name] = "fp32" if name in _FLOATS else "i32"
     per_row = base == "matching_fwd" or "loss" in flags or "rows" in flags
     method = next((m for m in ("midpoint", "heun") if m in flags), "euler")
     values = constants(net, shared_times=not per_row) | {
@@ -267,7 +267,7 @@ _STORED = {
     "state_ptr",
     "dtime_ptr",
 }
-_INTEGERS = {"M", "MP", "samples", "num_steps", "film_stride_e", "film_stride_b", "i_low", "i_high", "R_P", "R_D"}
+_FLOATS = {"start", "end", "low", "high", "std", "eps", "output_scale", "keep_start"}
 
 
 def table(

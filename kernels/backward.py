@@ -33,7 +33,7 @@ from .tile import cast, embed_state, embed_state_grad, read_velocity_grad
 
 @triton.jit(
     do_not_specialize=[
-        "M", "MP", "samples", "num_steps", "film_stride_e", "film_stride_b", "i_low", "i_high", "R_P", "R_D"
+        "M", "MP", "samples", "num_steps", "film_stride_e", "film_stride_b", "i_low", "count", "R_P", "R_D"
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -87,8 +87,8 @@ def backward_kernel(
     std,
     eps,
     output_scale,
-    i_low,  # evaluations i_low..i_high-1
-    i_high,
+    i_low,  # evaluations i_low..i_low+count-1
+    count,
     R_P,
     R_D,
     D: tl.constexpr,
@@ -171,9 +171,9 @@ def backward_kernel(
         b_g = tl.load(error_ptr + o_x, mask=m_x, other=0.0) * (b_row * (2.0 / D))[:, None]
     else:
         b_g = tl.load(grad_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-    for j in tl.range(0, 1 if LOSS else i_high - i_low, num_stages=1, disable_licm=True):
+    for j in tl.range(0, 1 if LOSS else count, num_stages=1, disable_licm=True):
         tl.debug_barrier()
-        i = i_high - 1 - j
+        i = i_low + count - 1 - j
         k = i // V
         first = (i % V) == 0
         o_k = k * n_e * M * D
@@ -480,7 +480,7 @@ def backward(
             *inputs.film_strides(),
             *scalars(net),
             i_low,
-            i_high,
+            i_high - i_low,
             work.rows,
             rows,
             **constexprs,

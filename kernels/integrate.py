@@ -14,7 +14,7 @@ from .pack import Packed, Prepared, Saved, constants, partial_sums, scalars, til
 from .tile import cast, embed_state, embed_time, read_velocity
 
 
-@triton.jit(do_not_specialize=["M", "MP", "samples", "num_steps", "film_stride_e", "film_stride_b", "R_P"])
+@triton.jit(do_not_specialize=["M", "MP", "samples", "num_steps", "evaluations", "film_stride_e", "film_stride_b", "R_P"])
 def integrate_fwd_kernel(
     x_ptr,  # [E, M, D] start
     out_ptr,  # [E, M, D] end
@@ -45,6 +45,7 @@ def integrate_fwd_kernel(
     MP,
     samples,
     num_steps,
+    evaluations,  # V K
     start,
     end,
     film_stride_e,
@@ -110,7 +111,6 @@ def integrate_fwd_kernel(
     o_s = tl.minimum(o_b, M - 1)
     o_c = o_s // samples
     r_m = i_e * MP + i_b * BM
-    n_v = num_steps * V
 
     o_x = (i_e * M + o_b)[:, None] * D + o_d[None, :]
     m_x = m_b[:, None] & (o_d < D)[None, :]
@@ -123,7 +123,7 @@ def integrate_fwd_kernel(
         b_start = tl.load(t_0_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
         b_end = tl.load(t_1_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
     b_h = (b_end - b_start) / num_steps
-    for i in tl.range(0, n_v, num_stages=1, disable_licm=True):
+    for i in tl.range(0, evaluations, num_stages=1, disable_licm=True):
         # Orders this step's stores behind the loads of the step before.
         tl.debug_barrier()
         k = i // V
@@ -141,8 +141,8 @@ def integrate_fwd_kernel(
         p_time = time_ptr + i_e * HP0
         p_film_time = film_time_ptr
         if TABLE:
-            p_time = time_ptr + (i_e * n_v + i) * HP0
-            p_film_time = film_time_ptr + (i_e * n_v + i) * (2 * SUM)
+            p_time = time_ptr + (i_e * evaluations + i) * HP0
+            p_film_time = film_time_ptr + (i_e * evaluations + i) * (2 * SUM)
         r_p = r_m
         if SAVE:
             r_p = i_e * R_P + i * MP + i_b * BM
@@ -311,6 +311,7 @@ def integrate(
         mp,
         s,
         num_steps,
+        num_steps * plan.evaluations(method),
         *(times if shared else (0.0, 0.0)),
         *inputs.film_strides(),
         *scalars(net),
