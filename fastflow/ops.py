@@ -70,9 +70,8 @@ def integrate(
         num_steps: K, at least 1. Any value at run time: no kernel is compiled per K.
         method: "euler", "midpoint" or "heun"; the last two evaluate the field twice per step.
         t_0, t_1: start and end time, in either order: numbers, or tensors with one time per row, shaped as x_0 without
-            D, or without its E axis, its S axis or both too (then shared). So each row is integrated to a time of its
-            own (floq, arXiv:2509.06863; TD-Flow, arXiv:2503.09817). Where a tensor requires a gradient the reference is
-            used.
+            D, or without its E axis, its S axis or both too (then shared). So TD-Flow (arXiv:2503.09817) integrates
+            each row to a time of its own. Where a tensor requires a gradient the reference is used.
         step_noise: added to x behind each step: [K, *x_0's shape], or without its E axis. Already scaled; it may
             require a gradient (FPO's exploration, arXiv:2507.21053).
         trajectory: return every x_k instead of x_K alone.

@@ -14,7 +14,9 @@ from .pack import Packed, Prepared, Saved, constants, partial_sums, scalars, til
 from .tile import cast, embed_state, embed_time, read_velocity
 
 
-@triton.jit(do_not_specialize=["M", "MP", "samples", "num_steps", "evaluations", "film_stride_e", "film_stride_b", "R_P"])
+@triton.jit(
+    do_not_specialize=["M", "MP", "samples", "num_steps", "evaluations", "film_stride_e", "film_stride_b", "R_P"]
+)
 def integrate_fwd_kernel(
     x_ptr,  # [E, M, D] start
     out_ptr,  # [E, M, D] end

@@ -2,7 +2,8 @@
 needed.
 
 The interpreter takes any argument. What a GPU would be handed (types, alignment, constexpr values, launch options) is
-only seen by the compiler, which here compiles for a GPU that is not there; nothing is launched.
+only seen by the compiler, which here compiles for a GPU that is not there; nothing is launched. No tensor's value may
+go to the host on the way: that is what capture in a CUDA graph asks of a call.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ from fastflow.kernels import backward, integrate, matching
 
 for module in (integrate, matching, backward):
     module.target = lambda device: (90, 132)
+def host(*args, **options):
+    raise AssertionError("a value of a tensor went to the host: no CUDA graph could be captured")
+
+for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+    setattr(torch.Tensor, name, host)
 specs = [
     ff.FieldSpec(1, 5, (64, 64), 2, norm="layer", state_embedding=ff.HLGauss(-21.0, 1.0), time_embedding=ff.Cosine()),
     ff.FieldSpec(4, 6, (32, 32), None, "mish", architecture=ff.FiLMUNet((20, 12)), time_embedding=ff.Sinusoidal(8,
