@@ -4,5 +4,5 @@
     python -m pytest benchmarks         the same cases under pytest-benchmark, on whatever machine this is
 
 `cases` names the shapes and counts their FLOPs and bytes, `rivals` holds the ways to compute them, `measure` the clock,
-`machine` what a result needs to know about where it was made.
+`machine` what a result needs to know about where it was made, `limited` what becomes of tests that no time is left for.
 """

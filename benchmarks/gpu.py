@@ -1,8 +1,8 @@
 """python -m benchmarks.gpu: checks the kernels on a GPU, measures them beside their rivals, writes one JSON file.
 
-The most important comes first and the file is written anew after every stage, so that whatever ends a run early leaves
-what was measured until then. Exit code 0: kernels right and measured. 1: no CUDA, a failed test, or a result less
-accurate than it must be.
+The kernel tests come first, then the most important measurements, and the file is written anew after every stage, so
+that whatever ends a run early leaves what was measured until then. Exit code 0: kernels right and measured. 1: no CUDA,
+a failed test, or a result less accurate than it must be.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = ("tests/test_integrate.py", "tests/test_matching.py", "tests/test_ops.py")
+KERNEL_TESTS = tuple(f"tests/test_{name}.py" for name in ("published", "integrate", "matching", "philox", "ops"))
 MAIN_CASES = ("walk-2x2048", "loss-2x2048")
 COMPILERS = ("compile", "compile reduce-overhead", "compile max-autotune")
 JAX = ("jax", "jax unrolled")
@@ -142,6 +142,13 @@ class Run:
                 self.fail(where, f"{type(error).__name__}: {error}", grave, traceback.format_exc()[-4000:])
             self.check_device(where)
         return False
+
+    def able(self, where: str) -> bool:
+        """Whether there is a device and time for one more thing; if not, that it was left out is recorded."""
+        reason = self.dead or ("no time left" if self.left() <= 5 else None)
+        if reason:
+            self.skip(where, reason)
+        return not reason
 
     def check_device(self, where: str) -> None:
         """Notice an error after which every call of this process fails, such as an illegal memory access."""
@@ -276,9 +283,11 @@ def measure_case(
         {
             "title": CASES[name].title,
             "kind": case.kind,
+            "gradient": list(case.gradient),
             "members": case.spec.ensemble or 1,
             "rows": case.rows,
             "num_steps": case.num_steps if case.kind == "integrate" else None,
+            "method": case.method if case.kind == "integrate" else None,
             "flops": case.flops,
             "bytes": case.bytes,
             "floor_us": {},
@@ -391,8 +400,22 @@ def measure_update(run: Run, name: str, precision: str) -> None:
         at["results"].append(row)
 
 
+def processes(run: Run) -> int:
+    """How many processes compile kernels at a time: compilers take a core each, and a GPU's context its memory."""
+    most = min(16, os.cpu_count() or 1)
+    if run.device.type == "cuda":
+        most = min(most, torch.cuda.get_device_properties(run.device).total_memory // 2**31)
+    return max(1, most)
+
+
 def run_tests(run: Run, seconds: float) -> None:
-    """The kernel tests in a process of their own, on real kernels; in several where pytest-xdist is installed."""
+    """The kernel tests in a process of their own, on real kernels; in several where pytest-xdist is installed.
+
+    A test compiles two to six kernels, for seconds each: a thousand seconds of one core, two dozen of them in the
+    longest test. None begins after four fifths of the time, so that what has begun can end.
+    """
+    from benchmarks import limited
+
     tests = run.report["tests"]
     if importlib.util.find_spec("pytest") is None:
         tests |= {"status": "pytest is not installed", "note": "the accuracy of every case below is the only check"}
@@ -403,16 +426,18 @@ def run_tests(run: Run, seconds: float) -> None:
         xml, log = Path(folder, "tests.xml"), Path(folder, "tests.log")
         command = [sys.executable, "-m", "pytest", *run.arguments.tests, "-q", "--tb=short", f"--junitxml={xml}"]
         # Newer and older libraries than ours warn of other things; here only results count.
-        command += ["-W", "default", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-        cores = os.cpu_count() or 1
-        if importlib.util.find_spec("xdist") is not None and cores >= 4:
-            command += ["-n", str(min(8, cores // 2)), "--dist", "worksteal"]
+        command += ["-W", "default", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", limited.__name__]
+        workers = processes(run)
+        if importlib.util.find_spec("xdist") is not None and workers >= 4:
+            # In the order that the plugin makes.
+            command += ["-n", str(workers), "--dist", "load"]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+        environment |= {"OMP_NUM_THREADS": "1", limited.UNTIL: str(time.time() + 0.8 * seconds)}
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**environment, "OMP_NUM_THREADS": "1"},
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -430,8 +455,11 @@ def run_tests(run: Run, seconds: float) -> None:
         counts, failed = _read_junit(xml) if xml.is_file() else ({}, [])
     tests |= {"command": command[1:], "seconds": round(time.monotonic() - began, 1), "exit_code": code, **counts}
     tests["failed"] = failed
+    left_out = counts.get("not_begun", 0)
+    if left_out:
+        run.skip("kernel tests", f"{left_out} not begun within {0.8 * seconds:.0f} s; --test-minutes gives them more")
     if code == 0:
-        tests["status"] = "passed"
+        tests["status"] = f"passed, {left_out} not begun" if left_out else "passed"
         print(f"          {counts.get('passed', '?')} passed, {counts.get('skipped', '?')} skipped", flush=True)
         return
     tests["status"] = f"not done within {seconds:.0f} s" if code is None else "failed"
@@ -445,7 +473,11 @@ def run_tests(run: Run, seconds: float) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that leads its own session, with its children."""
+    """End a process that leads its own session, with its children: pytest asked first writes what it has."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if os.name == "posix":
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=10)
     with contextlib.suppress(ProcessLookupError):
         if os.name == "posix":
             os.killpg(process.pid, signal.SIGKILL)
@@ -455,8 +487,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _read_junit(path: Path) -> tuple[dict[str, int], list[dict[str, str]]]:
-    """Counts of passed, failed and skipped tests, and each failure's name and first line."""
-    counts = {"passed": 0, "failed_count": 0, "skipped": 0}
+    """Counts of passed, failed, skipped and not begun tests, and each failure's name and first line."""
+    from benchmarks.limited import NOT_BEGUN
+
+    counts = {"passed": 0, "failed_count": 0, "skipped": 0, "not_begun": 0}
     failed = []
     for test in xml.etree.ElementTree.parse(path).getroot().iter("testcase"):
         problems = [child for child in test if child.tag in ("failure", "error")]
@@ -465,7 +499,8 @@ def _read_junit(path: Path) -> tuple[dict[str, int], list[dict[str, str]]]:
             message = (problems[0].get("message") or "").strip()[:500]
             failed.append({"name": f"{test.get('classname')}::{test.get('name')}", "message": message})
         elif any(child.tag == "skipped" for child in test):
-            counts["skipped"] += 1
+            late = any(NOT_BEGUN in (child.get("message") or "") for child in test)
+            counts["not_begun" if late else "skipped"] += 1
         else:
             counts["passed"] += 1
     return counts, failed
@@ -503,26 +538,28 @@ def fit_steps(run: Run) -> None:
 
 # Sweep over tiles ---------------------------------------------------------------------------------------------------
 
-SWEPT = {"integrate_fwd": "walk-2x2048", "matching_fwd": "loss-2x2048", "matching_bwd": "loss-2x2048"}
+# Kernel -> cases; every kernel's first case comes before any other case.
+SWEPT = {
+    "integrate_fwd": ("walk-2x2048", "td-walk-1024"),
+    "matching_fwd": ("loss-2x2048", "td-loss-1024"),
+    "backward": ("loss-2x2048", "td-loss-1024", "walk-backward-2x2048"),
+}
 
 
-def sweep_tiles(kernel: str, precision: str, width: int) -> list[Any]:
-    """Tiles to try for a kernel: the plan's for this device first, then a grid around them."""
-    from fastflow.kernels import plan
+def sweep_tiles(kernel: str, net: Any) -> list[Any]:
+    """Tiles to try for a kernel and a `plan.Network`: the plan's for this device first, then a grid around them."""
+    from fastflow.kernels import launch, plan
 
-    arch = 90
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        arch = 10 * major + minor
-    planned = list(plan.candidates(kernel, arch, precision, width))
-    columns = [c for c in (32, 64, 128) if c <= width]
+    arch = launch.target(torch.cuda.current_device())[0] if torch.cuda.is_available() else 90
+    planned = list(plan.candidates(kernel, arch, net))
+    columns = [c for c in (32, 64, 128) if c <= max(net.padded)]
     grid = [
         plan.Tiles(rows, c, warps, stages)
         for (warps, stages), rows, c in itertools.product(
             ((4, 2), (8, 2), (8, 3), (4, 3), (4, 1)), (32, 64, 16, 128), columns
         )
         # More accumulators than registers, or tiles too small for their warps.
-        if not (rows == 128 and (warps == 4 or precision != "bf16")) and not (rows == 16 and warps == 8 and c < 64)
+        if not (rows == 128 and (warps == 4 or net.precision != "bf16")) and not (rows == 16 and warps == 8 and c < 64)
     ]
     return planned + [tiles for tiles in grid if tiles not in planned]
 
@@ -563,15 +600,25 @@ def warm_tiles(job: tuple[str, str, str, Any, bool]) -> str:
 def sweep(run: Run) -> None:
     """Time every kernel with every choice of tiles, as replays of the whole operator's graph."""
     from benchmarks.cases import CASES
+    from fastflow.fused import network
 
     results = run.report.setdefault("sweep", [])
+    small = run.arguments.small
+    groups = [
+        (kernel, precision, case_name)
+        for names in itertools.zip_longest(*SWEPT.values())
+        for precision in run.precisions
+        for kernel, case_name in zip(SWEPT, names, strict=True)
+        if case_name is not None
+    ]
     jobs = []
-    for precision in run.precisions:
-        for kernel, case_name in SWEPT.items():
-            for tiles in sweep_tiles(kernel, precision, CASES[case_name].spec.hidden[0]):
-                jobs.append((case_name, precision, kernel, tiles, run.arguments.small))
+    for kernel, precision, case_name in groups:
+        case = CASES[case_name].shrunk() if small else CASES[case_name]
+        for tiles in sweep_tiles(kernel, network(case.spec, precision)):
+            jobs.append((case_name, precision, kernel, tiles, small))
     if run.arguments.only:
-        jobs = [job for job in jobs if re.search(run.arguments.only, f"{job[2]} {job[1]} {_shape(job[3])}")]
+        pattern = re.compile(run.arguments.only)
+        jobs = [job for job in jobs if pattern.search(f"{job[2]} {job[1]} {_shape(job[3])} {job[0]}")]
     compiled = _compile_ahead(run, jobs) if run.device.type == "cuda" else {}
     for i, job in enumerate(jobs):
         case_name, precision, kernel, tiles, _ = job
@@ -585,11 +632,12 @@ def sweep(run: Run) -> None:
             _time_tiles(run, job, row)
         results.append(row)
     ranked = sorted((row for row in results if "median_us" in row), key=lambda row: row["median_us"])
-    for precision, kernel in itertools.product(run.precisions, SWEPT):
-        best = [row for row in ranked if row["kernel"] == kernel and row["precision"] == precision]
+    for group in groups:
+        best = [row for row in ranked if (row["kernel"], row["precision"], row["case"]) == group]
         for row in best[:6]:
             mark = "" if row["accurate"] else "  WRONG"
-            print(f"          {kernel:14} {precision} {row['tiles']:24} {row['median_us']:9.1f} us{mark}", flush=True)
+            label = f"{group[0]:14} {group[1]} {group[2]:21}"
+            print(f"          {label} {row['tiles']:24} {row['median_us']:9.1f} us{mark}", flush=True)
     print(f"          {len(ranked)} of {len(jobs)} measured", flush=True)
 
 
@@ -602,8 +650,7 @@ def _compile_ahead(run: Run, jobs: list[Any]) -> dict[int, str]:
     import multiprocessing
 
     said: dict[int, str] = {}
-    workers = max(1, min(8, (os.cpu_count() or 2) // 2))
-    pool = multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=16)
+    pool = multiprocessing.get_context("spawn").Pool(processes(run), maxtasksperchild=16)
     deadline = time.monotonic() + 0.55 * run.left()
     try:
         waiting = {i: pool.apply_async(warm_tiles, (job,)) for i, job in enumerate(jobs)}
@@ -701,59 +748,87 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.5, help="time for everything (default %(default)s)")
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results"), help="folder of the results file")
     parser.add_argument("--sweep", action="store_true", help="time kernels over tile sizes in place of everything else")
-    parser.add_argument("--only", help='with --sweep: only what matches this, such as "bwd bf16 64x"')
+    parser.add_argument(
+        "--only",
+        help='only cases that match this, such as "^td-"; with --sweep what matches, such as "backward bf16 64x"',
+    )
     parser.add_argument("--tests", nargs="*", default=list(KERNEL_TESTS), help="test files to run; none for no tests")
+    parser.add_argument(
+        "--test-minutes",
+        type=float,
+        default=4.0,
+        help="most time for the tests, and at most half of --minutes (default %(default)s). They run in an order that "
+        "does something of everything first; what has not begun after four fifths of it is skipped and counted",
+    )
     parser.add_argument("--small", action="store_true", help="tiny sizes, for trying the program")
     parser.add_argument("--allow-cpu", action="store_true", help="run without CUDA, for trying the program")
     arguments = parser.parse_args(argv)
-    if not arguments.minutes > 0:
-        parser.error(f"--minutes must be positive, got {arguments.minutes}")
+    for name in ("minutes", "test_minutes"):
+        if not getattr(arguments, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    if arguments.only:
+        try:
+            re.compile(arguments.only)
+        except re.error as error:
+            parser.error(f"--only must be a regular expression: {error}")
     return arguments
 
 
 def measure_everything(run: Run) -> None:
-    """All stages, the most important first."""
-    from benchmarks.cases import CASES, UPDATES
+    """All stages: the tests, what a floq update consists of, the other papers' cases, then slower rivals."""
+    from benchmarks.cases import CASES, PAPER_CASES, UPDATES
 
     low, high = run.precisions
-    sizes = [name for name in CASES if name not in MAIN_CASES and "-k" not in name]
+    only = re.compile(run.arguments.only or "")
+    chosen = [name for name in CASES if only.search(name)]
+    updated = [name for name in UPDATES if only.search(name)]
+    main = [name for name in MAIN_CASES if name in chosen]
+    papers = [name for name in chosen if name in PAPER_CASES]
+    steps = [name for name in chosen if "-k" in name]
+    sizes = [name for name in chosen if name not in (*main, *papers, *steps)]
+    jax_first = [name for name in (*main, "walk-2x256") if name in chosen]
 
     def cases(names: Iterable[str], precision: str, rivals: Sequence[str], **options: Any) -> Callable[[], None]:
         def work() -> None:
             for name in names:
-                if run.left() > 5 and not run.dead:
+                if run.able(f"{name} {precision} {', '.join(rivals)}"):
                     measure_case(run, name, precision, rivals, **options)
                     run.write()
 
         return work
 
-    run.stage("context", 0, lambda: measure_context(run))
-    run.stage("first figures", 0, cases(MAIN_CASES, low, ("fused", "eager")))
-    print(table(run, MAIN_CASES), flush=True)
-    if run.arguments.tests:
-        # Its own processes: they run even if the device has given up on this one.
-        run.stage("kernel tests", 20, lambda: run_tests(run, min(200.0, 0.45 * run.left())), on_device=False)
-    run.stage("sizes", 5, cases(sizes, low, ("fused", "eager")))
-
     def updates() -> None:
-        for precision, name in itertools.product(run.precisions, UPDATES):
-            if run.left() > 5 and not run.dead:
+        for precision, name in itertools.product(run.precisions, updated):
+            if run.able(f"{name} {precision}"):
                 measure_update(run, name, precision)
                 run.write()
 
+    if run.arguments.tests:
+        # Its own processes: they run even if the device gives up on one of them.
+        seconds = min(60 * run.arguments.test_minutes, 0.5 * run.left())
+        run.stage("kernel tests", 5, lambda: run_tests(run, seconds), on_device=False)
+    run.stage("context", 0, lambda: measure_context(run))
+    run.stage("first figures", 0, cases(main, low, ("fused", "eager")))
+    if main:
+        print(table(run, main), flush=True)
+    run.stage("sizes", 5, cases(sizes, low, ("fused", "eager")))
     run.stage("updates", 5, updates)
-    run.stage(f"{high} products", 5, cases(MAIN_CASES, high, ("fused", "eager")))
-    for name in MAIN_CASES:
+    run.stage(f"{high} products", 5, cases(main, high, ("fused", "eager")))
+    run.stage("papers", 5, cases(papers, low, ("fused", "eager")))
+    for name in main:
         share = min(90.0, 0.4 * run.left())
         work = cases([name], low, ("fused", "eager", *COMPILERS), seconds_per_rival=share)
         run.stage(f"torch.compile, {name}", 30, work)
-    run.stage("JAX", 20, cases([*MAIN_CASES, "walk-2x256"], low, ("fused", *JAX)))
-    steps = [name for name in CASES if "-k" in name]
+    run.stage("JAX", 20, cases(jax_first, low, ("fused", *JAX)))
     run.stage("number of steps", 10, cases(steps, low, ("fused", "eager")))
     run.attempt("time over K", lambda: fit_steps(run))
     for name in sizes:
         run.stage(f"torch.compile, {name}", 40, cases([name], low, ("fused", *COMPILERS[1:])))
-    run.stage("JAX, other sizes", 30, cases([name for name in sizes if name != "walk-2x256"], low, ("fused", *JAX)))
+    run.stage("JAX, other sizes", 30, cases([name for name in sizes if name not in jax_first], low, ("fused", *JAX)))
+    run.stage(f"{high} products, papers", 10, cases(papers, high, ("fused", "eager")))
+    for name in papers:
+        run.stage(f"torch.compile, {name}", 40, cases([name], low, ("fused", *COMPILERS)))
+    run.stage("JAX, papers", 30, cases(papers, low, ("fused", *JAX)))
 
 
 def watch(run: Run, grace: float = 20.0) -> None:

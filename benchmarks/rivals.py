@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 import fastflow as ff
-from benchmarks.cases import Problem, worst
+from benchmarks.cases import Case, Problem, worst
 from benchmarks.measure import Entry, Timer
 from fastflow import reference
+from fastflow.kernels import launch
 
 # A rival that errs more than so many times as much as eager PyTorch in the same precision is not timed, and fastflow is
 # called wrong; below the floor everything counts as equally accurate.
@@ -66,42 +67,36 @@ Rival = Callable[[Problem, str], Variant]
 
 def _named(problem: Problem, result: Any) -> dict[str, Tensor]:
     """A call's result under the names that `Problem.errors` expects; copies, because graphs write over theirs."""
-    if problem.case.kind == "integrate":
-        return {"x_1": result.clone()}
-    names = ("loss", *(name for name, _ in problem.field.named_parameters()))
+    names = (problem.case.output, *problem.leaves)
     return {name: x.clone() for name, x in zip(names, result, strict=True)}
 
 
 def _torch_variant(name: str, problem: Problem, function: Callable[..., Tensor], compiled: bool = False) -> Variant:
-    """A variant that calls `function` as a training loop would: a walk without gradients, a loss with all of them."""
-    inputs, parameters = list(problem.inputs.values()), list(problem.field.parameters())
-    walk = problem.case.kind == "integrate"
+    """A variant that calls `function` as a training loop would: with all gradients that the case names, or none."""
+    inputs, leaves = problem.inputs, list(problem.leaves.values())
 
     def call() -> Any:
         if compiled:
             # Without it the graphs of mode="reduce-overhead" take the next call for a part of this one.
             torch.compiler.cudagraph_mark_step_begin()
-        if walk:
+        if not leaves:
             with torch.no_grad():
-                return function(*inputs)
-        loss = function(*inputs)
-        return (loss.detach(), *torch.autograd.grad(loss, parameters))
+                return (function(**inputs),)
+        out = function(**inputs)
+        return (out.detach(), *torch.autograd.grad(out, leaves, problem.given))
 
     return Variant(name, call, lambda: _named(problem, call()), capturable=not compiled)
 
 
 def fused(problem: Problem, precision: str) -> Variant:
-    """fastflow: kernels on CUDA, plain PyTorch inside one operator on the CPU."""
-    case, field = problem.case, problem.field
-    options = {"backend": "fused" if problem.device.type == "cuda" else "auto", "precision": precision}
+    """fastflow: kernels on CUDA and where Triton's interpreter is asked for, else plain PyTorch inside one operator."""
+    kernels = problem.device.type == "cuda" or (launch.interpreted() and importlib.util.find_spec("triton") is not None)
+    backend = "fused" if kernels else "auto"
 
-    def walk(x_0: Tensor, cond: Tensor) -> Tensor:
-        return ff.integrate(field, x_0, cond, num_steps=case.num_steps, **options)
+    def run(**inputs: Tensor) -> Tensor:
+        return problem.case.run(problem.field, inputs, backend, precision)
 
-    def loss(x_0: Tensor, cond: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
-        return ff.flow_matching_loss(field, x_0, x_1, t, cond, **options)
-
-    return _torch_variant("fused", problem, walk if case.kind == "integrate" else loss)
+    return _torch_variant("fused", problem, run)
 
 
 def _plain(problem: Problem, precision: str) -> Callable[..., Tensor]:
@@ -109,23 +104,31 @@ def _plain(problem: Problem, precision: str) -> Callable[..., Tensor]:
     case, field, spec = problem.case, problem.field, problem.case.spec
     lead = () if spec.ensemble is None else (spec.ensemble,)
 
-    def walk(x_0: Tensor, cond: Tensor) -> Tensor:
+    def every_member(x: Tensor) -> Tensor:
+        return x.expand(*lead, *x.shape)
+
+    def every_sample(x: Tensor) -> Tensor:
+        return x if case.samples is None else x.unsqueeze(-2)
+
+    def walk(x_0: Tensor, cond: Tensor, t_1: float | Tensor = 1.0) -> Tensor:
         parameters = field.parameter_list()
         if precision == "bf16":
             # Once per walk, as autocast's cache does it, not once per step.
-            dense = 2 * len(spec.layer_sizes)
-            parameters = [p.bfloat16() for p in parameters[:dense]] + parameters[dense:]
-        x = x_0.expand(*lead, *x_0.shape)
-        return reference.integrate(spec, parameters, x, cond, case.num_steps, precision=precision)
+            norms = {id(p) for pair in spec.parts(parameters).norms for p in pair}
+            parameters = [p if id(p) in norms else p.bfloat16() for p in parameters]
+        options = {"t_1": t_1, "method": case.method, "precision": precision}
+        return reference.integrate(spec, parameters, every_member(x_0), every_sample(cond), case.num_steps, **options)
+
+    def velocity_loss(x_t: Tensor, cond: Tensor, target_velocity: Tensor, t: Tensor) -> Tensor:
+        given = (t, target_velocity, every_sample(cond), precision)
+        rows = reference.matching_rows(spec, field.parameter_list(), every_member(x_t), *given)
+        return rows if case.pairs else rows.mean()
 
     def loss(x_0: Tensor, cond: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
-        x_t, target = reference.interpolate(x_0, x_1, t)
-        x_t = x_t.expand(*lead, *x_t.shape)
-        if case.samples is not None:
-            cond = cond.unsqueeze(-2)
-        return reference.matching_rows(spec, field.parameter_list(), x_t, t, target, cond, precision).mean()
+        x_t, target = reference.interpolate(x_0, every_sample(x_1) if case.pairs else x_1, t)
+        return velocity_loss(x_t, cond, target, t)
 
-    return walk if case.kind == "integrate" else loss
+    return {"integrate": walk, "matching": loss, "velocity": velocity_loss}[case.kind]
 
 
 def eager(problem: Problem, precision: str) -> Variant:
@@ -179,10 +182,39 @@ def _jax(device: torch.device) -> Any:
     return jax
 
 
+def _beyond_jax(case: Case) -> list[str]:
+    """What of a case the JAX rival does not have."""
+    spec = case.spec
+    found = [
+        type(part).__name__
+        for part, known in (
+            (spec.architecture, (ff.MLP, ff.ResidualMLP)),
+            (spec.state_embedding, (ff.Identity, ff.Scaled, ff.HLGauss)),
+            (spec.time_embedding, (ff.RawTime, ff.Cosine, ff.CosineFourier, ff.PowerFourier)),
+        )
+        if not isinstance(part, known)
+    ]
+    found += [spec.activation] if spec.activation not in ("gelu_tanh", "silu", "relu", "elu") else []
+    found += ["norm_first"] if spec.norm_first else []
+    found += [f"prediction of the {spec.prediction}"] if spec.prediction != "velocity" else []
+    found += [case.method] if case.method != "euler" else []
+    found += ["end times per row"] if case.end_times else []
+    found += ["velocity-matching loss"] if case.kind == "velocity" else []
+    return found
+
+
 def _jax_variant(name: str, problem: Problem, precision: str, unrolled: bool) -> Variant:
+    case, spec = problem.case, problem.case.spec
+    missing = _beyond_jax(case)
+    if missing:
+        raise Skipped(f"the JAX rival has no {', '.join(missing)}")
+    if unrolled and case.kind != "integrate":
+        raise Skipped("a loss has no loop to unroll")
+    if unrolled and case.num_steps > 16:
+        raise Skipped("unrolled only up to K=16")
     jax = _jax(problem.device)
-    jnp, case, spec = jax.numpy, problem.case, problem.case.spec
-    members, layers = spec.ensemble or 1, len(spec.layer_sizes)
+    jnp = jax.numpy
+    members, samples, layers = spec.ensemble or 1, case.samples or 1, len(spec.layer_sizes)
 
     def array(x: Tensor) -> Any:
         return jnp.asarray(x.detach().cpu().numpy())
@@ -195,7 +227,8 @@ def _jax_variant(name: str, problem: Problem, precision: str, unrolled: bool) ->
         return jnp.einsum("emi,eio->emo", x, w, precision=exact, preferred_element_type=jnp.float32)
 
     def activate(x: Any) -> Any:
-        return {"gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}[spec.activation](x)
+        known = {"gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "elu": jax.nn.elu}
+        return known[spec.activation](x)
 
     def layer_norm(x: Any, scale: Any, shift: Any) -> Any:
         mean = x.mean(-1, keepdims=True)
@@ -220,21 +253,33 @@ def _jax_variant(name: str, problem: Problem, precision: str, unrolled: bool) ->
             return jnp.cos(t)[..., None]
         if isinstance(time, ff.CosineFourier):
             return jnp.cos(jnp.pi * t[..., None] * jnp.arange(1, time.dim + 1))
+        if isinstance(time, ff.PowerFourier):
+            angles = t[..., None] * 2.0 ** jnp.arange(time.dim // 2)
+            return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
         return t[..., None]
 
     def velocity(parameters: list[Any], x: Any, t: Any, cond: Any) -> Any:
         time = embed_time(t)
         time = jnp.broadcast_to(time, (*x.shape[:-1], time.shape[-1]))
         h = jnp.concatenate([jnp.broadcast_to(cond, (*x.shape[:-1], cond.shape[-1])), embed_state(x), time], -1)
+        outputs = []
         for i in range(layers):
             h = product(h, parameters[2 * i]) + parameters[2 * i + 1][:, None]
             if i < layers - 1:
                 h = activate(h)
                 if spec.norm:
                     h = layer_norm(h, *parameters[2 * (layers + i) : 2 * (layers + i) + 2])
-        return h
+                add = spec.trunk[i].add
+                outputs.append(h if add is None else h + outputs[add])
+                h = outputs[-1]
+        return h * spec.output_scale
+
+    def every_sample(x: Any) -> Any:
+        return jnp.repeat(x, samples, axis=0)
 
     def walk(parameters: list[Any], x_0: Any, cond: Any) -> Any:
+        cond = every_sample(cond)
+
         def step(x: Any, k: Any) -> tuple[Any, None]:
             return x + velocity(parameters, x, k / case.num_steps, cond) / case.num_steps, None
 
@@ -245,48 +290,39 @@ def _jax_variant(name: str, problem: Problem, precision: str, unrolled: bool) ->
             return x
         return jax.lax.scan(step, x, jnp.arange(case.num_steps, dtype=jnp.float32))[0]
 
-    def loss(parameters: list[Any], x_0: Any, x_1: Any, t: Any, cond: Any) -> Any:
+    def loss(parameters: list[Any], x_0: Any, cond: Any, x_1: Any, t: Any) -> Any:
+        x_1 = every_sample(x_1) if case.pairs else x_1
         x_t = (1 - t[..., None]) * x_0 + t[..., None] * x_1
         x_t = jnp.broadcast_to(x_t, (members, *x_t.shape[-2:]))
-        return jnp.square(velocity(parameters, x_t, t, cond) - (x_1 - x_0)).mean()
+        rows = jnp.square(velocity(parameters, x_t, t, every_sample(cond)) - (x_1 - x_0)).mean(-1)
+        return rows if case.pairs else rows.mean()
 
-    parameters = [array(p if spec.ensemble else p.unsqueeze(0)) for p in problem.field.parameter_list()]
-    samples = case.samples or 1
-    # Rows are one axis here: [B, S] become B S, with cond repeated for every sample.
-    flat = {"x_0": array(problem.inputs["x_0"]).reshape(-1, spec.state_dim)}
-    flat["cond"] = jnp.repeat(array(problem.inputs["cond"]), samples, axis=0)
+    # Rows are one axis here: [B, S] become B S. Every parameter has an E axis.
+    inputs = {"parameters": [array(p if spec.ensemble else p.unsqueeze(0)) for p in problem.field.parameter_list()]}
+    for key, x in problem.inputs.items():
+        inputs[key] = array(x).reshape(-1) if key == "t" else array(x).reshape(-1, x.shape[-1])
+    function = walk if case.kind == "integrate" else loss
+    leaves = {key: inputs.pop(key) for key in case.gradient}
+    given = jnp.ones(()) if problem.given is None else array(problem.given)
 
-    if case.kind == "integrate":
-        if unrolled and case.num_steps > 16:
-            raise Skipped("unrolled only up to K=16")
-        compiled_walk = jax.jit(walk)
+    def differentiate(leaves: dict[str, Any], inputs: dict[str, Any], given: Any) -> tuple[Any, dict[str, Any]]:
+        out, back = jax.vjp(lambda some: function(**inputs, **some), leaves)
+        return out, back(given.reshape(out.shape))[0]
 
-        def call() -> Any:
-            return compiled_walk(parameters, flat["x_0"], flat["cond"])
+    compiled_function, compiled_gradients = jax.jit(function), jax.jit(differentiate)
 
-        def results() -> dict[str, Tensor]:
-            x = _from_jax(jax.block_until_ready(call()))
-            shape = problem.inputs["x_0"].shape
-            return {"x_1": x.reshape(members, *shape) if spec.ensemble else x.reshape(shape)}
+    def call() -> Any:
+        return compiled_gradients(leaves, inputs, given) if leaves else (compiled_function(**inputs), {})
 
-    else:
-        if unrolled:
-            raise Skipped("a loss has no loop to unroll")
-        flat["x_1"] = array(problem.inputs["x_1"]).reshape(-1, spec.state_dim)
-        flat["t"] = array(problem.inputs["t"]).reshape(-1)
-        gradient = jax.jit(jax.value_and_grad(loss))
-
-        def call() -> Any:
-            return gradient(parameters, flat["x_0"], flat["x_1"], flat["t"], flat["cond"])
-
-        def results() -> dict[str, Tensor]:
-            value, gradients = jax.block_until_ready(call())
-            # `parameter_list` is in another order than `named_parameters`.
-            at = {id(p): i for i, p in enumerate(problem.field.parameter_list())}
-            named = {"loss": _from_jax(value)}
-            for parameter_name, p in problem.field.named_parameters():
-                named[parameter_name] = _from_jax(gradients[at[id(p)]]).reshape(p.shape)
-            return named
+    def results() -> dict[str, Tensor]:
+        out, gradients = jax.block_until_ready(call())
+        named = {case.output: _from_jax(out).reshape(case.output_shape)}
+        # `parameter_list` is in another order than `named_parameters`.
+        at = {id(p): i for i, p in enumerate(problem.field.parameter_list())}
+        for key, leaf in problem.leaves.items():
+            found = gradients["cond"] if key == "cond" else gradients["parameters"][at[id(leaf)]]
+            named[key] = _from_jax(found).reshape(leaf.shape)
+        return named
 
     return Variant(name, call, results, finish=jax.block_until_ready)
 

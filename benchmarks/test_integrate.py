@@ -45,3 +45,12 @@ def test_sizes(time_case, benchmark, name, rival, mode):
     case = sized(name)
     benchmark.group = f"{name}, {case.rows} rows"
     time_case(case, rival, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rival", ["fused", "eager", "jax"])
+@pytest.mark.parametrize("name", ["fpo-walk-2048", "fpo-plus-walk-4096", "td-walk-1024", "resnet-walk-2x2048"])
+def test_papers(time_case, benchmark, name, rival, mode):
+    case = sized(name)
+    benchmark.group = f"{name}, {case.rows} rows"
+    time_case(case, rival, mode)

@@ -1,4 +1,4 @@
-"""The flow-matching loss and the gradients of all parameters, beside what else computes them."""
+"""The losses and the gradients of all parameters, beside what else computes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.benchmark(timer=synchronized_clock)
 
 @pytest.mark.parametrize("mode", ["call", "graph"] if ON_GPU else ["call"])
 @pytest.mark.parametrize("rival", ["fused", "eager", "jax"])
-@pytest.mark.parametrize("name", ["loss-2x2048", "actor-loss-256", "demo-loss"])
+@pytest.mark.parametrize("name", ["loss-2x2048", "actor-loss-256", "demo-loss", "fpo-loss-30720x8", "td-loss-1024"])
 def test_loss(time_case, benchmark, name, rival, mode):
     case = CASES[name] if ON_GPU else CASES[name].with_batch(min(32, CASES[name].batch))
     benchmark.group = f"{name} with gradients, {case.rows} rows"

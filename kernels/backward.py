@@ -20,11 +20,11 @@ from .pack import (
     Prepared,
     Saved,
     Weights,
-    constants,
+    net_shape,
+    options,
     partial_sums,
     product_dtype,
     scalars,
-    tiling,
     turns,
     unpad_layers,
 )
@@ -64,11 +64,11 @@ def backward_kernel(
     part_ptr,
     h_ptr,  # see network_bwd
     dpre_ptr,
-    xhat_ptr,
-    dfilm_ptr,
-    dcond_ptr,
-    dcond_film_ptr,
-    dnorm_ptr,
+    xhat_ptr,  # workspace of R_D rows, result with FOLD and WEIGHTS: normalised activations
+    dfilm_ptr,  # workspace of R_D rows of 2 HP[l], result with WEIGHTS: gradient of FiLM's [scale, shift]
+    dcond_ptr,  # [E, MP, HP[0]] float32, added to: gradient of cond's share of the first layer
+    dcond_film_ptr,  # [E, MP, 2 sum HP] float32, added to: gradient of cond's share of FiLM
+    dnorm_ptr,  # [2, blocks, E, sum HP] float32, added to: gradient of scale and shift, per block of rows
     dv_ptr,  # [E, R_D, DP] float32 result with WEIGHTS: gradient of the head's output
     state_ptr,  # [E, R_D, FP] result with WEIGHTS: state features
     dtime_ptr,  # [E, R_D, TP] result with WEIGHTS and without TABLE: time features
@@ -91,44 +91,15 @@ def backward_kernel(
     count,
     R_P,
     R_D,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    F: tl.constexpr,
-    FP: tl.constexpr,
-    T: tl.constexpr,
-    TP: tl.constexpr,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    KP: tl.constexpr,
-    OFF: tl.constexpr,
-    OFF_Y: tl.constexpr,
-    OFF_W: tl.constexpr,
-    IN: tl.constexpr,
-    FRESH: tl.constexpr,
-    RES: tl.constexpr,
-    L: tl.constexpr,
+    NET: tl.constexpr,
     V: tl.constexpr,
     METHOD: tl.constexpr,
-    COND: tl.constexpr,
-    TABLE: tl.constexpr,
-    TIME: tl.constexpr,
-    EMBED: tl.constexpr,
-    PREDICTION: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FOLD: tl.constexpr,
-    ROLL: tl.constexpr,
     LOSS: tl.constexpr,
     PATH: tl.constexpr,
     NOISE: tl.constexpr,
     RECOMPUTE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DCOND: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Walks the evaluations back. With g the gradient of x_{k+1}, h the step and J_i the Jacobian of evaluation i:
 
@@ -143,25 +114,32 @@ def backward_kernel(
     n_b = tl.num_programs(0).to(tl.int64)
     n_e = tl.num_programs(1).to(tl.int64)
     DTYPE: tl.constexpr = w_feat_ptr.dtype.element_ty
-    HP0: tl.constexpr = HP[0]
-    SUM: tl.constexpr = OFF[L - 1] + HP[L - 1]
+    BM: tl.constexpr = NET.BM
+    D: tl.constexpr = NET.D
+    DP: tl.constexpr = NET.DP
+    HP: tl.constexpr = NET.HP[0]
+    SUM: tl.constexpr = NET.OFF[NET.L - 1] + NET.HP[NET.L - 1]
     o_b = i_b * BM + tl.arange(0, BM)
     m_b = o_b < M
-    o_f = tl.arange(0, FP)
+    o_f = tl.arange(0, NET.FP)
     o_d = tl.arange(0, DP)
-    o_t = tl.arange(0, TP)
+    o_t = tl.arange(0, NET.TP)
     o_s = tl.minimum(o_b, M - 1)
     o_c = o_s // samples
     r_m = i_e * MP + i_b * BM
     n_v = num_steps * V
-    p_c = c_ptr + i_e * (M // samples) * HP0
+    p_c = c_ptr + i_e * (M // samples) * HP
     p_film = film_ptr + i_e * film_stride_e
+    weights = (
+        w_feat_ptr, w_time_ptr, w_film_ptr, w_hidden_ptr, b_hidden_ptr, scale_ptr, shift_ptr, w_out_ptr, b_out_ptr
+    )  # fmt: skip
+    results = (xhat_ptr, dfilm_ptr, dcond_ptr, dcond_film_ptr, dnorm_ptr)
     o_x = (i_e * M + o_b)[:, None] * D + o_d[None, :]
     m_x = m_b[:, None] & (o_d < D)[None, :]
 
     b_start = start
     b_end = end
-    if not TABLE:
+    if not NET.TABLE:
         b_start = tl.load(t_0_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
         b_end = tl.load(t_1_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
     b_h = (b_end - b_start) / num_steps
@@ -182,14 +160,25 @@ def backward_kernel(
         b_p = tl.load(path_ptr + o_k + o_x, mask=m_x & first, other=0.0)
         if V == 2:
             b_p += tl.load(stages_ptr + o_k + o_x, mask=m_x & (i % V == 1), other=0.0)
-        b_f = cast(embed_state(b_p, o_f, low, high, std, EMBED, F), DTYPE, ARITH)
-        p_t = feat_ptr + (i * n_e * M + i_e * M) * TP
-        b_tf = time_features(b_t, p_t, o_s, o_t, T, TP, TABLE, TIME, DTYPE, ARITH, BM)
-        p_time = time_ptr + i_e * HP0
+        b_f = cast(embed_state(b_p, o_f, low, high, std, NET), DTYPE, NET)
+        p_t = feat_ptr + (i * n_e * M + i_e * M) * NET.TP
+        b_tf = time_features(b_t, p_t, o_s, o_t, DTYPE, NET)
+        p_time = time_ptr + i_e * HP
         p_film_time = film_time_ptr
-        if TABLE:
-            p_time = time_ptr + (i_e * n_v + i) * HP0
+        if NET.TABLE:
+            p_time = time_ptr + (i_e * n_v + i) * HP
             p_film_time = film_time_ptr + (i_e * n_v + i) * (2 * SUM)
+        inputs = (
+            b_tf,
+            p_t,
+            p_c,
+            p_time,
+            p_film,
+            p_film_time,
+            o_c,
+            o_s,
+            film_stride_b,
+        )
         r_d = r_m
         if WEIGHTS:
             r_d = i_e * R_D + (i - i_low) * MP + i_b * BM
@@ -198,66 +187,12 @@ def backward_kernel(
             r_p = i_e * R_P + i * MP + i_b * BM
         if RECOMPUTE:
             r_y = r_p
-            if FOLD:
+            if NET.FOLD:
                 r_y = r_m
             network_fwd(
-                b_f,
-                b_tf,
-                p_t,
-                p_c,
-                p_time,
-                p_film,
-                p_film_time,
-                w_feat_ptr,
-                w_time_ptr,
-                w_film_ptr,
-                w_hidden_ptr,
-                b_hidden_ptr,
-                scale_ptr,
-                shift_ptr,
-                w_out_ptr,
-                b_out_ptr,
-                pre_ptr,
-                stats_ptr,
-                y_ptr,
-                part_ptr,
-                i_e,
-                n_e,
-                R_P,
-                MP if FOLD else R_P,
-                r_p,
-                r_y,
-                r_m,
-                o_c,
-                o_s,
-                film_stride_b,
-                o_d,
-                eps,
-                H,
-                HP,
-                KP,
-                OFF,
-                OFF_Y,
-                OFF_W,
-                IN,
-                RES,
-                L,
-                FP,
-                TP,
-                DP,
-                COND,
-                TABLE,
-                ACT,
-                NORM,
-                FOLD,
-                ROLL,
-                True,
-                ARITH,
-                PRECISION,
-                BM,
-                BN,
-                STAGES,
-            )
+                b_f, inputs, weights, pre_ptr, stats_ptr, y_ptr, part_ptr, i_e, n_e, R_P, MP if NET.FOLD else R_P,
+                r_p, r_y, r_m, eps, NET, True,
+            )  # fmt: skip
             tl.debug_barrier()
         b_dv = b_g
         if NOISE:
@@ -269,74 +204,18 @@ def backward_kernel(
                 b_dv = tl.where(first, (0.5 * b_h) * b_g + b_h * b_mid, (0.5 * b_h) * b_g)
         elif not LOSS:
             b_dv = b_h * b_g
-        b_dout, b_direct = read_velocity_grad(b_dv, b_t, output_scale, PREDICTION)
+        b_dout, b_direct = read_velocity_grad(b_dv, b_t, output_scale, NET)
         if WEIGHTS:
             o_r = tl.arange(0, BM)[:, None]
             tl.store(dv_ptr + r_d * DP + o_r * DP + o_d[None, :], b_dout)
-            tl.store(state_ptr + r_d * FP + o_r * FP + o_f[None, :], b_f)
-            if not TABLE:
-                tl.store(dtime_ptr + r_d * TP + o_r * TP + o_t[None, :], b_tf)
+            tl.store(state_ptr + r_d * NET.FP + o_r * NET.FP + o_f[None, :], b_f)
+            if not NET.TABLE:
+                tl.store(dtime_ptr + r_d * NET.TP + o_r * NET.TP + o_t[None, :], b_tf)
         b_df = network_bwd(
-            b_dout,
-            p_t,
-            p_film,
-            p_film_time,
-            w_feat_ptr,
-            w_film_ptr,
-            w_hidden_ptr,
-            scale_ptr,
-            shift_ptr,
-            w_out_ptr,
-            pre_ptr,
-            stats_ptr,
-            h_ptr,
-            dpre_ptr,
-            xhat_ptr,
-            dfilm_ptr,
-            dcond_ptr,
-            dcond_film_ptr,
-            dnorm_ptr,
-            i_b,
-            i_e,
-            n_b,
-            n_e,
-            MP,
-            R_P,
-            R_D,
-            r_p,
-            r_m,
-            r_d,
-            o_c,
-            o_s,
-            film_stride_b,
-            o_d,
-            H,
-            HP,
-            KP,
-            OFF,
-            OFF_W,
-            IN,
-            FRESH,
-            RES,
-            L,
-            FP,
-            TP,
-            DP,
-            COND,
-            TABLE,
-            ACT,
-            NORM,
-            FOLD,
-            ROLL,
-            WEIGHTS,
-            DCOND,
-            ARITH,
-            PRECISION,
-            BM,
-            BN,
-            STAGES,
-        )
-        b_dx = embed_state_grad(b_df, b_p, o_f, low, high, std, EMBED, F, D) + b_direct
+            b_dout, inputs, weights, pre_ptr, stats_ptr, h_ptr, dpre_ptr, results, i_b, i_e, n_b, n_e, MP, R_P, R_D,
+            r_p, r_m, r_d, NET, WEIGHTS, DCOND,
+        )  # fmt: skip
+        b_dx = embed_state_grad(b_df, b_p, o_f, low, high, std, NET) + b_direct
         if PATH:
             b_dx += tl.load(grad_path_ptr + o_k + o_x, mask=m_x & first, other=0.0).to(tl.float32)
         if LOSS:
@@ -441,7 +320,6 @@ def backward(
     affine = not fold and net.norm in ("after", "before")
     dnorm = zeros(2, blocks, e, total) if needs_weights and affine else zeros(0)
     dnoise = empty(num_steps, e, b, s, d, dtype=torch.float32) if needs_noise else zeros(0)
-    constexprs = constants(net, shared)
     sums = _WeightSums(net, weights, inputs, shared) if needs_weights else None
     g = grad.contiguous()
     for i_high in range(n_v, 0, -part):
@@ -483,7 +361,7 @@ def backward(
             i_high - i_low,
             work.rows,
             rows,
-            **constexprs,
+            NET=net_shape(net, shared, tiles),
             V=v,
             METHOD=method,
             LOSS=error is not None,
@@ -492,7 +370,7 @@ def backward(
             RECOMPUTE=saved is None,
             WEIGHTS=needs_weights,
             DCOND=needs_inputs,
-            **tiling(tiles),
+            **options(tiles),
         )
         g = dx
         if sums is not None:

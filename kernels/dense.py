@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import arith
+from .launch import Arithmetic
 from .tile import cast, product
 
 
@@ -22,8 +22,7 @@ def dense_kernel(
     N,
     stride_x,
     stored_ptr,  # of the type that operands are rounded to
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NET: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -48,7 +47,7 @@ def dense_kernel(
         b_w = tl.load(w_ptr + (i_e * K + o_k[:, None]) * N + o_n[None, :], mask=(o_k < K)[:, None] & m_n, other=0.0).to(
             tl.float32
         )
-        b_acc += product(cast(b_x, DTYPE, ARITH), cast(b_w, DTYPE, ARITH), PRECISION, ARITH)
+        b_acc += product(cast(b_x, DTYPE, NET), cast(b_w, DTYPE, NET), NET)
     b_acc += tl.load(b_ptr + i_e * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     p_y = y_ptr + (i_e * M + o_m[:, None]) * N + o_n[None, :]
     tl.store(p_y, b_acc.to(y_ptr.dtype.element_ty), mask=m_m & m_n)
@@ -73,8 +72,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Tensor:
         n,
         0 if rows.shape[0] == 1 else rows.stride(0),
         x.new_empty(0, dtype=stored),
-        ARITH=arith(stored),
-        PRECISION="tf32" if precision == "tf32" else "ieee",
+        NET=Arithmetic.of(stored, "tf32" if precision == "tf32" else "ieee"),
         BM=bm,
         BN=bn,
         BK=32,

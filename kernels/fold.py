@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
-from .launch import arith
+from .launch import Arithmetic
 from .tile import cast
 
 
@@ -29,7 +29,7 @@ def fold_kernel(
     OUT_P: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
-    ARITH: tl.constexpr,
+    NET: tl.constexpr,
     BI: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -69,7 +69,7 @@ def fold_kernel(
             b_w = tl.where(m, b_g[:, None] * b_w - b_mean[None, :], 0.0)
         tl.store(
             w_out_ptr + i_e * stride_out + o_i[:, None] * OUT_P + o_n[None, :],
-            cast(b_w, w_out_ptr.dtype.element_ty, ARITH),
+            cast(b_w, w_out_ptr.dtype.element_ty, NET),
             mask=(o_i < IN_P)[:, None] & (o_n < OUT_P)[None, :],
         )
 
@@ -146,7 +146,7 @@ def fold(
         OUT_P=out_p,
         NORM=scale is not None,
         BIAS=b is not None,
-        ARITH=arith(w_out.dtype),
+        NET=Arithmetic.of(w_out.dtype),
         BI=64,
         BN=bn,
         num_warps=4,

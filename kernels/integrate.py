@@ -10,7 +10,7 @@ from torch import Tensor
 from . import plan
 from .launch import target
 from .network import network_fwd
-from .pack import Packed, Prepared, Saved, constants, partial_sums, scalars, tiling, turns
+from .pack import Packed, Prepared, Saved, net_shape, options, partial_sums, scalars, turns
 from .tile import cast, embed_state, embed_time, read_velocity
 
 
@@ -58,40 +58,12 @@ def integrate_fwd_kernel(
     eps,
     output_scale,
     R_P,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    F: tl.constexpr,
-    FP: tl.constexpr,
-    T: tl.constexpr,
-    TP: tl.constexpr,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    KP: tl.constexpr,
-    OFF: tl.constexpr,
-    OFF_Y: tl.constexpr,
-    OFF_W: tl.constexpr,
-    IN: tl.constexpr,
-    RES: tl.constexpr,
-    L: tl.constexpr,
+    NET: tl.constexpr,
     V: tl.constexpr,
     METHOD: tl.constexpr,
-    COND: tl.constexpr,
-    TABLE: tl.constexpr,
-    TIME: tl.constexpr,
-    EMBED: tl.constexpr,
-    PREDICTION: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FOLD: tl.constexpr,
-    ROLL: tl.constexpr,
     NOISE: tl.constexpr,
     KEEP: tl.constexpr,
     SAVE: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """x <- x + h v(x, t_k, cond) for k = 0..K-1, or the two-stage schemes. One program owns BM rows of one member for
     the whole walk.
@@ -103,17 +75,23 @@ def integrate_fwd_kernel(
     i_e = tl.program_id(1).to(tl.int64)
     n_e = tl.num_programs(1).to(tl.int64)
     DTYPE: tl.constexpr = w_feat_ptr.dtype.element_ty
-    HP0: tl.constexpr = HP[0]
-    SUM: tl.constexpr = OFF[L - 1] + HP[L - 1]
+    BM: tl.constexpr = NET.BM
+    D: tl.constexpr = NET.D
+    DP: tl.constexpr = NET.DP
+    HP: tl.constexpr = NET.HP[0]
+    SUM: tl.constexpr = NET.OFF[NET.L - 1] + NET.HP[NET.L - 1]
     o_b = i_b * BM + tl.arange(0, BM)
     m_b = o_b < M
-    o_f = tl.arange(0, FP)
+    o_f = tl.arange(0, NET.FP)
     o_d = tl.arange(0, DP)
-    o_t = tl.arange(0, TP)
+    o_t = tl.arange(0, NET.TP)
     o_s = tl.minimum(o_b, M - 1)
     o_c = o_s // samples
     r_m = i_e * MP + i_b * BM
 
+    weights = (
+        w_feat_ptr, w_time_ptr, w_film_ptr, w_hidden_ptr, b_hidden_ptr, scale_ptr, shift_ptr, w_out_ptr, b_out_ptr
+    )  # fmt: skip
     o_x = (i_e * M + o_b)[:, None] * D + o_d[None, :]
     m_x = m_b[:, None] & (o_d < D)[None, :]
     b_x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
@@ -121,7 +99,7 @@ def integrate_fwd_kernel(
     b_v1 = tl.zeros([BM, DP], tl.float32)
     b_start = start
     b_end = end
-    if not TABLE:
+    if not NET.TABLE:
         b_start = tl.load(t_0_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
         b_end = tl.load(t_1_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
     b_h = (b_end - b_start) / num_steps
@@ -137,79 +115,36 @@ def integrate_fwd_kernel(
             tl.store(path_ptr + o_k + o_x, b_x, mask=m_x & first)
             if V == 2:
                 tl.store(stages_ptr + o_k + o_x, b_p, mask=m_x & (i % V == 1))
-        b_f = cast(embed_state(b_p, o_f, low, high, std, EMBED, F), DTYPE, ARITH)
-        p_t = feat_ptr + (i * n_e * M + i_e * M) * TP
-        b_tf = time_features(b_t, p_t, o_s, o_t, T, TP, TABLE, TIME, DTYPE, ARITH, BM)
-        p_time = time_ptr + i_e * HP0
+        b_f = cast(embed_state(b_p, o_f, low, high, std, NET), DTYPE, NET)
+        p_t = feat_ptr + (i * n_e * M + i_e * M) * NET.TP
+        b_tf = time_features(b_t, p_t, o_s, o_t, DTYPE, NET)
+        p_time = time_ptr + i_e * HP
         p_film_time = film_time_ptr
-        if TABLE:
-            p_time = time_ptr + (i_e * evaluations + i) * HP0
+        if NET.TABLE:
+            p_time = time_ptr + (i_e * evaluations + i) * HP
             p_film_time = film_time_ptr + (i_e * evaluations + i) * (2 * SUM)
         r_p = r_m
         if SAVE:
             r_p = i_e * R_P + i * MP + i_b * BM
         r_y = r_m
-        if SAVE and not FOLD:
+        if SAVE and not NET.FOLD:
             r_y = r_p
-        b_out = network_fwd(
-            b_f,
+        inputs = (
             b_tf,
             p_t,
-            c_ptr + i_e * (M // samples) * HP0,
+            c_ptr + i_e * (M // samples) * HP,
             p_time,
             film_ptr + i_e * film_stride_e,
             p_film_time,
-            w_feat_ptr,
-            w_time_ptr,
-            w_film_ptr,
-            w_hidden_ptr,
-            b_hidden_ptr,
-            scale_ptr,
-            shift_ptr,
-            w_out_ptr,
-            b_out_ptr,
-            pre_ptr,
-            stats_ptr,
-            y_ptr,
-            part_ptr,
-            i_e,
-            n_e,
-            R_P,
-            R_P if SAVE and not FOLD else MP,
-            r_p,
-            r_y,
-            r_m,
             o_c,
             o_s,
             film_stride_b,
-            o_d,
-            eps,
-            H,
-            HP,
-            KP,
-            OFF,
-            OFF_Y,
-            OFF_W,
-            IN,
-            RES,
-            L,
-            FP,
-            TP,
-            DP,
-            COND,
-            TABLE,
-            ACT,
-            NORM,
-            FOLD,
-            ROLL,
-            SAVE,
-            ARITH,
-            PRECISION,
-            BM,
-            BN,
-            STAGES,
         )
-        b_v = read_velocity(b_out, b_p, b_t, output_scale, PREDICTION)
+        b_out = network_fwd(
+            b_f, inputs, weights, pre_ptr, stats_ptr, y_ptr, part_ptr, i_e, n_e, R_P,
+            R_P if SAVE and not NET.FOLD else MP, r_p, r_y, r_m, eps, NET, SAVE,
+        )  # fmt: skip
+        b_v = read_velocity(b_out, b_p, b_t, output_scale, NET)
         if V == 1:
             b_x += b_h * b_v
         else:
@@ -243,26 +178,16 @@ def stage_time(i, V: tl.constexpr, METHOD: tl.constexpr):
 
 
 @triton.jit
-def time_features(
-    b_t,
-    p_t,
-    o_s,
-    o_t,
-    T: tl.constexpr,
-    TP: tl.constexpr,
-    TABLE: tl.constexpr,
-    TIME: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ARITH: tl.constexpr,
-    BM: tl.constexpr,
-):
+def time_features(b_t, p_t, o_s, o_t, DTYPE: tl.constexpr, NET: tl.constexpr):
     """Each row's time features [BM, TP]; zeros that nobody reads with TABLE."""
-    if TABLE:
+    BM: tl.constexpr = NET.BM
+    TP: tl.constexpr = NET.TP
+    if NET.TABLE:
         return tl.zeros([BM, TP], DTYPE)
-    elif TIME == "given":
+    elif NET.TIME == "given":
         return tl.load(p_t + o_s[:, None] * TP + o_t[None, :])
     else:
-        return cast(embed_time(b_t, o_t, TIME, T), DTYPE, ARITH)
+        return cast(embed_time(b_t, o_t, NET), DTYPE, NET)
 
 
 def integrate(
@@ -294,7 +219,6 @@ def integrate(
     y = turns(x_0, e, mp, net) if saved is None or net.fold else saved.out
     arch, sms = target(x_0.device)
     tiles = plan.choose("integrate_fwd", arch, sms, net, e * m)
-    constexprs = constants(net, shared)
     # The backward pass reads the padding too.
     integrate_fwd_kernel[(triton.cdiv(m if saved is None else mp, tiles.rows), e)](
         x_0,
@@ -318,12 +242,12 @@ def integrate(
         *inputs.film_strides(),
         *scalars(net),
         mp if saved is None else saved.rows,
-        **{name: constexprs[name] for name in constexprs if name != "FRESH"},
+        NET=net_shape(net, shared, tiles),
         V=plan.evaluations(method),
         METHOD=method,
         NOISE=step_noise is not None,
         KEEP=keep,
         SAVE=saved is not None,
-        **tiling(tiles),
+        **options(tiles),
     )
     return out, path, stages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,18 @@ import torch
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (it knows neither inline assembly nor bfloat16 products)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Arithmetic(NamedTuple):
+    """How a kernel multiplies: see kernels/tile.py."""
+
+    PRECISION: str
+    ARITH: str
+
+    @classmethod
+    def of(cls, stored: torch.dtype, precision: str = "ieee") -> Arithmetic:
+        """That of operands stored as `stored`; `precision` is triton's name for that of float32 products."""
+        return cls(precision, arith(stored))
 
 
 def arith(stored: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from .integrate import time_features
 from .launch import target
 from .network import network_fwd
 from .noise import philox_normal, philox_uniform
-from .pack import Packed, Prepared, Saved, constants, partial_sums, scalars, tiling, turns
+from .pack import Packed, Prepared, Saved, net_shape, options, partial_sums, scalars, turns
 from .tile import cast, embed_state, read_velocity
 
 
@@ -69,39 +69,12 @@ def matching_fwd_kernel(
     std,
     eps,
     output_scale,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    F: tl.constexpr,
-    FP: tl.constexpr,
-    T: tl.constexpr,
-    TP: tl.constexpr,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    KP: tl.constexpr,
-    OFF: tl.constexpr,
-    OFF_Y: tl.constexpr,
-    OFF_W: tl.constexpr,
-    IN: tl.constexpr,
-    RES: tl.constexpr,
-    L: tl.constexpr,
-    COND: tl.constexpr,
-    TIME: tl.constexpr,
-    EMBED: tl.constexpr,
-    PREDICTION: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FOLD: tl.constexpr,
-    ROLL: tl.constexpr,
+    NET: tl.constexpr,
     INTERPOLATE: tl.constexpr,
     DRAW: tl.constexpr,
     DRAW_TIME: tl.constexpr,
     KEEP: tl.constexpr,
     SAVE: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """rows = mean over D of (v(x_t, t, cond) - target)^2 with x_t = (1 - s t) x_0 + t x_1, target = x_1 - s x_0, where
     s = 1 - sigma_min."""
@@ -109,11 +82,14 @@ def matching_fwd_kernel(
     i_e = tl.program_id(1).to(tl.int64)
     n_e = tl.num_programs(1).to(tl.int64)
     DTYPE: tl.constexpr = w_feat_ptr.dtype.element_ty
+    BM: tl.constexpr = NET.BM
+    D: tl.constexpr = NET.D
+    HP: tl.constexpr = NET.HP[0]
     o_b = i_b * BM + tl.arange(0, BM)
     m_b = o_b < M
-    o_f = tl.arange(0, FP)
-    o_d = tl.arange(0, DP)
-    o_t = tl.arange(0, TP)
+    o_f = tl.arange(0, NET.FP)
+    o_d = tl.arange(0, NET.DP)
+    o_t = tl.arange(0, NET.TP)
     o_s = tl.minimum(o_b, M - 1)
     o_c = o_s // samples
     r_m = i_e * MP + i_b * BM
@@ -142,68 +118,27 @@ def matching_fwd_kernel(
         b_x = (1.0 - keep_start * b_t) * b_x + b_t * b_y
     if KEEP:
         tl.store(point_ptr + o_x, b_x, mask=m_x)
-    b_f = cast(embed_state(b_x, o_f, low, high, std, EMBED, F), DTYPE, ARITH)
-    p_f = feat_ptr + i_e * M * TP
-    b_tf = time_features(b_t, p_f, o_s, o_t, T, TP, False, TIME, DTYPE, ARITH, BM)
-    b_out = network_fwd(
-        b_f,
+    b_f = cast(embed_state(b_x, o_f, low, high, std, NET), DTYPE, NET)
+    p_f = feat_ptr + i_e * M * NET.TP
+    b_tf = time_features(b_t, p_f, o_s, o_t, DTYPE, NET)
+    inputs = (
         b_tf,
         p_f,
-        c_ptr + i_e * (M // samples) * HP[0],
-        time_ptr + i_e * HP[0],
+        c_ptr + i_e * (M // samples) * HP,
+        time_ptr + i_e * HP,
         film_ptr + i_e * film_stride_e,
         film_time_ptr,
-        w_feat_ptr,
-        w_time_ptr,
-        w_film_ptr,
-        w_hidden_ptr,
-        b_hidden_ptr,
-        scale_ptr,
-        shift_ptr,
-        w_out_ptr,
-        b_out_ptr,
-        pre_ptr,
-        stats_ptr,
-        y_ptr,
-        part_ptr,
-        i_e,
-        n_e,
-        MP,
-        MP,
-        r_m,
-        r_m,
-        r_m,
         o_c,
         o_s,
         film_stride_b,
-        o_d,
-        eps,
-        H,
-        HP,
-        KP,
-        OFF,
-        OFF_Y,
-        OFF_W,
-        IN,
-        RES,
-        L,
-        FP,
-        TP,
-        DP,
-        COND,
-        False,
-        ACT,
-        NORM,
-        FOLD,
-        ROLL,
-        SAVE,
-        ARITH,
-        PRECISION,
-        BM,
-        BN,
-        STAGES,
     )
-    b_error = tl.where(m_x, read_velocity(b_out, b_x, b_t, output_scale, PREDICTION) - b_u, 0.0)
+    weights = (
+        w_feat_ptr, w_time_ptr, w_film_ptr, w_hidden_ptr, b_hidden_ptr, scale_ptr, shift_ptr, w_out_ptr, b_out_ptr
+    )  # fmt: skip
+    b_out = network_fwd(
+        b_f, inputs, weights, pre_ptr, stats_ptr, y_ptr, part_ptr, i_e, n_e, MP, MP, r_m, r_m, r_m, eps, NET, SAVE
+    )  # fmt: skip
+    b_error = tl.where(m_x, read_velocity(b_out, b_x, b_t, output_scale, NET) - b_u, 0.0)
     if KEEP:
         tl.store(error_ptr + o_x, b_error, mask=m_x)
     tl.store(rows_ptr + i_e * M + o_b, (tl.sum(b_error * b_error, 1) / D).to(rows_ptr.dtype.element_ty), mask=m_b)
@@ -241,7 +176,6 @@ def matching(
     y = turns(b, e, mp, net) if saved is None or net.fold else saved.out
     arch, sms = target(b.device)
     tiles = plan.choose("matching_fwd", arch, sms, net, None if invariant else e * m)
-    constexprs = constants(net, shared_times=False)
     # The backward pass's products run over all MP rows, so training writes the padding too.
     matching_fwd_kernel[(triton.cdiv(m if saved is None else mp, tiles.rows), e)](
         a,
@@ -265,12 +199,12 @@ def matching(
         *(stride for x in (a, b, t) for stride in x.stride()[:3]),
         *inputs.film_strides(),
         *scalars(net),
-        **{name: value for name, value in constexprs.items() if name not in ("FRESH", "TABLE")},
+        NET=net_shape(net, False, tiles),
         INTERPOLATE=interpolate,
         DRAW=seed is not None,
         DRAW_TIME=draw_time,
         KEEP=keep,
         SAVE=saved is not None,
-        **tiling(tiles),
+        **options(tiles),
     )
     return rows, error, point

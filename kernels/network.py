@@ -11,6 +11,18 @@ norm is one factor r per row. Otherwise the norm (before or behind the activatio
 row.
 
 ROLL loops over hidden layers of one width; else the loop is unrolled and every layer has its own sizes.
+
+Arguments come in groups. NET is a `pack.Shape`, all that is fixed when a kernel is compiled. `weights` are the pointers
+of `pack.Packed`, in its order. `inputs` are what an evaluation adds to the state's features:
+
+    b_t            [BM, TP] time features, unless they come from a table or FiLM reads them
+    p_t            to the time features that FiLM reads, rows o_s
+    p_c            to cond's share of the first layer, rows o_c
+    p_time         to [HP[0]]: bias, with a table time's share as well
+    p_film         to cond's share of [scale, shift] of every layer, rows o_c of film_stride
+    p_film_time    to a table's share of them
+    o_c, o_s       [BM] rows of cond and of time features
+    film_stride
 """
 
 from __future__ import annotations
@@ -26,21 +38,8 @@ from .tile import activate, activate_grad, cast, product, row_scale
 @triton.jit
 def network_fwd(
     b_f,  # [BM, FP] state features
-    b_t,  # [BM, TP] time features, unless they come from a table or FiLM reads them
-    p_t,  # to the time features that FiLM reads, rows o_s
-    p_c,  # to cond's share of the first layer, rows o_c
-    p_time,  # to [HP[0]]: bias, with a table time's share as well
-    p_film,  # to cond's share of [scale, shift] of every layer, rows o_c of film_stride_b
-    p_film_time,  # to a table's share of them
-    w_feat_ptr,  # [E, FP, HP[0]]
-    w_time_ptr,  # [E, TP, HP[0]]
-    w_film_ptr,  # [E, TP, 2 HP[l]] per layer
-    w_hidden_ptr,  # [E, KP[l], HP[l]] per layer
-    b_hidden_ptr,  # [E, HP[l]] per layer
-    scale_ptr,  # [E, HP[l]] per layer
-    shift_ptr,
-    w_out_ptr,  # [E, HP[L - 1], DP]
-    b_out_ptr,  # [E, DP]
+    inputs,
+    weights,
     pre_ptr,  # workspace of R_P rows: pre-activations
     stats_ptr,  # [L, 2, E, R_P] mean and rsqrt(variance + eps)
     y_ptr,  # workspace of R_Y rows: outputs; with FOLD two layers take turns
@@ -52,189 +51,84 @@ def network_fwd(
     r_p,  # the block's first row in the workspaces
     r_y,
     r_part,
-    o_c,  # [BM]
-    o_s,
-    film_stride_b,
-    o_d,
     eps,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    KP: tl.constexpr,
-    OFF: tl.constexpr,
-    OFF_Y: tl.constexpr,
-    OFF_W: tl.constexpr,
-    IN: tl.constexpr,
-    RES: tl.constexpr,
-    L: tl.constexpr,
-    FP: tl.constexpr,
-    TP: tl.constexpr,
-    DP: tl.constexpr,
-    COND: tl.constexpr,
-    TABLE: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FOLD: tl.constexpr,
-    ROLL: tl.constexpr,
+    NET: tl.constexpr,
     SAVE: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """The head's output [BM, DP] float32. SAVE stores pre-activations and statistics; the outputs are in y_ptr."""
-    HP0: tl.constexpr = HP[0]
-    BN0: tl.constexpr = BN if BN < HP0 else HP0
+    b_t, _, p_c, p_time, p_film, p_film_time, o_c, _, _ = inputs
+    w_feat_ptr, w_time_ptr, w_film_ptr, w_hidden_ptr, b_hidden_ptr, scale_ptr, shift_ptr, w_out_ptr, b_out_ptr = weights
+    BM: tl.constexpr = NET.BM
+    L: tl.constexpr = NET.L
+    FP: tl.constexpr = NET.FP
+    TP: tl.constexpr = NET.TP
+    DP: tl.constexpr = NET.DP
+    HP: tl.constexpr = NET.HP[0]
+    BN: tl.constexpr = NET.BN if NET.BN < HP else HP
+    FOLD: tl.constexpr = NET.FOLD
+    RES: tl.constexpr = NET.RES
     DTYPE: tl.constexpr = w_feat_ptr.dtype.element_ty
+    o_b = tl.arange(0, BM)
     o_f = tl.arange(0, FP)
     o_t = tl.arange(0, TP)
-    o_b = tl.arange(0, BM)
-    p_pre = pre_ptr + r_p * HP0
-    p_y = y_ptr + r_y * HP0
+    o_d = tl.arange(0, DP)
+    p_pre = pre_ptr + r_p * HP
+    p_y = y_ptr + r_y * HP
     s1 = tl.zeros([BM], tl.float32)
     s2 = tl.zeros([BM], tl.float32)
-    for n in tl.range(0, HP0, BN0, num_stages=1):
-        o_n = n + tl.arange(0, BN0)
-        b_w = tl.load(w_feat_ptr + (i_e * FP + o_f)[:, None] * HP0 + o_n[None, :])
-        b_acc = product(b_f, b_w, PRECISION, ARITH)
+    for n in tl.range(0, HP, BN, num_stages=1):
+        o_n = n + tl.arange(0, BN)
+        b_w = tl.load(w_feat_ptr + (i_e * FP + o_f)[:, None] * HP + o_n[None, :])
+        b_acc = product(b_f, b_w, NET)
         b_acc += tl.load(p_time + o_n)[None, :]
-        if NORM != "film":
-            if not TABLE:
-                b_wt = tl.load(w_time_ptr + (i_e * TP + o_t)[:, None] * HP0 + o_n[None, :])
-                b_acc += product(b_t, b_wt, PRECISION, ARITH)
-            if COND:
-                b_acc += tl.load(p_c + o_c[:, None].to(tl.int64) * HP0 + o_n[None, :]).to(tl.float32)
-        s1, s2 = epilogue(
-            b_acc, o_b[:, None] * HP0 + o_n[None, :], p_pre, p_y, p_y, 0, s1, s2, ACT, NORM, 0, SAVE, ARITH
-        )
-    r = finish(
-        s1,
-        s2,
-        p_pre,
-        p_y,
-        stats_ptr + r_p,
-        n_e * R_P,
-        scale_ptr + i_e * HP0,
-        shift_ptr + i_e * HP0,
-        p_t,
-        p_film,
-        p_film_time,
-        w_film_ptr + i_e * TP * 2 * HP0,
-        o_c,
-        o_s,
-        film_stride_b,
-        p_y,
-        0,
-        eps,
-        H[0],
-        HP0,
-        TP,
-        TABLE,
-        ACT,
-        NORM,
-        FOLD,
-        0,
-        SAVE,
-        ARITH,
-        PRECISION,
-        BM,
-        BN0,
-    )
-    if ROLL:
+        if NET.NORM != "film":
+            if not NET.TABLE:
+                b_wt = tl.load(w_time_ptr + (i_e * TP + o_t)[:, None] * HP + o_n[None, :])
+                b_acc += product(b_t, b_wt, NET)
+            if NET.COND:
+                b_acc += tl.load(p_c + o_c[:, None].to(tl.int64) * HP + o_n[None, :]).to(tl.float32)
+        s1, s2 = epilogue(b_acc, o_b[:, None] * HP + o_n[None, :], p_pre, p_y, p_y, 0, s1, s2, NET, 0, SAVE)
+    # Named apart from those below: what a loop assigns again it would carry.
+    first_norm = (scale_ptr + i_e * HP, shift_ptr + i_e * HP, p_film, p_film_time, w_film_ptr + i_e * TP * 2 * HP)
+    first = (p_pre, stats_ptr + r_p, n_e * R_P, p_y, p_y, 0)
+    r = finish(s1, s2, first_norm, first, inputs, eps, NET, NET.H[0], HP, 0, SAVE)
+    if NET.ROLL:
+        ADD: tl.constexpr = RES if RES < L else 0
         for l in tl.range(1, L, num_stages=1):
             into = l - 1
-            if FOLD:
-                into = (l - 1) % 2
             out = l
             if FOLD:
+                into = (l - 1) % 2
                 out = l % 2
-            p_in = y_ptr + n_e * R_Y * HP0 * into + r_y * HP0
-            r = hidden_fwd(
-                r,
-                p_in,
-                p_in,
-                y_ptr + n_e * R_Y * HP0 * (l - RES) + r_y * HP0,
-                (l % RES) == 0,
-                w_hidden_ptr + (n_e * (l - 1) + i_e) * HP0 * HP0,
-                b_hidden_ptr + (n_e * l + i_e) * HP0,
-                scale_ptr + (n_e * l + i_e) * HP0,
-                shift_ptr + (n_e * l + i_e) * HP0,
-                p_t,
-                p_film + 2 * HP0 * l,
-                p_film_time + 2 * HP0 * l,
-                w_film_ptr + (n_e * l + i_e) * TP * 2 * HP0,
-                o_c,
-                o_s,
-                film_stride_b,
-                pre_ptr + n_e * R_P * HP0 * l + r_p * HP0,
+            p_in = y_ptr + n_e * R_Y * HP * into + r_y * HP
+            at = n_e * l + i_e
+            dense = (w_hidden_ptr + (at - n_e) * HP * HP, b_hidden_ptr + at * HP, part_ptr)
+            norm = (
+                scale_ptr + at * HP,
+                shift_ptr + at * HP,
+                p_film + 2 * HP * l,
+                p_film_time + 2 * HP * l,
+                w_film_ptr + at * TP * 2 * HP,
+            )
+            where = (
+                pre_ptr + n_e * R_P * HP * l + r_p * HP,
                 stats_ptr + 2 * n_e * R_P * l + r_p,
                 n_e * R_P,
-                y_ptr + n_e * R_Y * HP0 * out + r_y * HP0,
-                part_ptr,
-                eps,
-                H[0],
-                HP0,
-                HP0,
-                0,
-                RES if RES < L else 0,
-                TP,
-                TABLE,
-                ACT,
-                NORM,
-                FOLD,
-                SAVE,
-                ARITH,
-                PRECISION,
-                BM,
-                BN0,
-                STAGES,
+                y_ptr + n_e * R_Y * HP * out + r_y * HP,
+                y_ptr + n_e * R_Y * HP * (l - RES) + r_y * HP,
+                (l % RES) == 0,
             )
+            r = hidden_fwd(r, p_in, p_in, dense, norm, where, inputs, eps, NET, NET.H[0], HP, HP, 0, ADD, SAVE)
     else:
         for l in tl.static_range(1, L):
-            r = hidden_fwd(
-                r,
-                y_ptr + n_e * R_Y * OFF_Y[IN[l][0]] + r_y * HP[IN[l][0]],
-                y_ptr + n_e * R_Y * OFF_Y[IN[l][-1]] + r_y * HP[IN[l][-1]],
-                y_ptr,
-                0,
-                w_hidden_ptr + n_e * OFF_W[l] + i_e * KP[l] * HP[l],
-                b_hidden_ptr + n_e * OFF[l] + i_e * HP[l],
-                scale_ptr + n_e * OFF[l] + i_e * HP[l],
-                shift_ptr + n_e * OFF[l] + i_e * HP[l],
-                p_t,
-                p_film + 2 * OFF[l],
-                p_film_time + 2 * OFF[l],
-                w_film_ptr + (n_e * OFF[l] + i_e * HP[l]) * TP * 2,
-                o_c,
-                o_s,
-                film_stride_b,
-                pre_ptr + n_e * R_P * OFF[l] + r_p * HP[l],
-                stats_ptr + 2 * n_e * R_P * l + r_p,
-                n_e * R_P,
-                y_ptr + n_e * R_Y * OFF_Y[l] + r_y * HP[l],
-                part_ptr + r_part * HP[l],
-                eps,
-                H[l],
-                HP[l],
-                HP[IN[l][0]],
-                HP[IN[l][1]] if len(IN[l]) > 1 else 0,
-                0,
-                TP,
-                TABLE,
-                ACT,
-                NORM,
-                FOLD,
-                SAVE,
-                ARITH,
-                PRECISION,
-                BM,
-                BN if HP[l] > BN else HP[l],
-                STAGES,
-            )
+            r = unrolled_fwd(
+                r, inputs, weights, pre_ptr, stats_ptr, y_ptr, part_ptr, i_e, n_e, R_P, R_Y, r_p, r_y, r_part, eps,
+                l, NET, SAVE,
+            )  # fmt: skip
     tl.debug_barrier()
-    HPL: tl.constexpr = HP[L - 1]
-    BNL: tl.constexpr = BN if BN < HPL else HPL
-    p_last = y_ptr + n_e * R_Y * OFF_Y[L - 1] + r_y * HPL + o_b[:, None] * HPL
+    HPL: tl.constexpr = NET.HP[L - 1]
+    BNL: tl.constexpr = NET.BN if NET.BN < HPL else HPL
+    p_last = y_ptr + n_e * R_Y * NET.OFF_Y[L - 1] + r_y * HPL + o_b[:, None] * HPL
     b_v = tl.zeros([BM, DP], tl.float32)
     for n in tl.range(0, HPL, BNL, num_stages=1):
         o_k = n + tl.arange(0, BNL)
@@ -245,10 +139,62 @@ def network_fwd(
             b_v += tl.sum(b_y.to(tl.float32) * b_wo[None, :], 1)[:, None]
         else:
             b_wo = tl.load(w_out_ptr + (i_e * HPL + o_k)[:, None] * DP + o_d[None, :])
-            b_v += product(b_y, cast(b_wo, DTYPE, ARITH), PRECISION, ARITH)
-    if FOLD and NORM == "after":
+            b_v += product(b_y, cast(b_wo, DTYPE, NET), NET)
+    if FOLD and NET.NORM == "after":
         b_v = b_v * r[:, None]
     return b_v + tl.load(b_out_ptr + i_e * DP + o_d)[None, :]
+
+
+@triton.jit
+def unrolled_fwd(
+    r,
+    inputs,
+    weights,
+    pre_ptr,
+    stats_ptr,
+    y_ptr,
+    part_ptr,
+    i_e,
+    n_e,
+    R_P,
+    R_Y,
+    r_p,
+    r_y,
+    r_part,
+    eps,
+    l: tl.constexpr,
+    NET: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """Hidden layer l, where every layer has its own sizes and inputs."""
+    _, _, _, _, p_film, p_film_time, _, _, _ = inputs
+    _, _, w_film_ptr, w_hidden_ptr, b_hidden_ptr, scale_ptr, shift_ptr, _, _ = weights
+    HP: tl.constexpr = NET.HP[l]
+    OFF: tl.constexpr = NET.OFF[l]
+    J: tl.constexpr = NET.IN[l][0]
+    J2: tl.constexpr = NET.IN[l][-1]
+    KP: tl.constexpr = NET.HP[J]
+    KP2: tl.constexpr = NET.HP[J2] if len(NET.IN[l]) > 1 else 0
+    at = n_e * OFF + i_e * HP
+    dense = (w_hidden_ptr + n_e * NET.OFF_W[l] + i_e * NET.KP[l] * HP, b_hidden_ptr + at, part_ptr + r_part * HP)
+    norm = (
+        scale_ptr + at,
+        shift_ptr + at,
+        p_film + 2 * OFF,
+        p_film_time + 2 * OFF,
+        w_film_ptr + at * NET.TP * 2,
+    )
+    where = (
+        pre_ptr + n_e * R_P * OFF + r_p * HP,
+        stats_ptr + 2 * n_e * R_P * l + r_p,
+        n_e * R_P,
+        y_ptr + n_e * R_Y * NET.OFF_Y[l] + r_y * HP,
+        y_ptr,
+        0,
+    )
+    p_in = y_ptr + n_e * R_Y * NET.OFF_Y[J] + r_y * KP
+    p_in2 = y_ptr + n_e * R_Y * NET.OFF_Y[J2] + r_y * NET.HP[J2]
+    return hidden_fwd(r, p_in, p_in2, dense, norm, where, inputs, eps, NET, NET.H[l], HP, KP, KP2, 0, SAVE)
 
 
 @triton.jit
@@ -256,137 +202,71 @@ def hidden_fwd(
     r,  # [BM] what FOLD leaves of the norm of the layer before
     p_in,
     p_in2,
-    p_add,
-    has_add,
-    p_w,
-    p_bias,
-    p_scale,
-    p_shift,
-    p_t,
-    p_film,
-    p_film_time,
-    p_w_film,
-    o_c,
-    o_s,
-    film_stride_b,
-    p_pre,
-    p_stats,
-    stats_stride,
-    p_y,
-    p_part,
+    dense,  # pointers to weights, bias and partial sums
+    norm,  # to scale, shift, FiLM by cond, FiLM by time, FiLM's weights
+    where,  # to pre-activations, statistics (mean; r stats_stride behind), output, what is added, and if it is
+    inputs,
     eps,
+    NET: tl.constexpr,
     H: tl.constexpr,
     HP: tl.constexpr,
     KP: tl.constexpr,
     KP2: tl.constexpr,
     ADD: tl.constexpr,
-    TP: tl.constexpr,
-    TABLE: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FOLD: tl.constexpr,
     SAVE: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """One hidden layer behind the first. Returns the factor r of its own norm.
 
     Of two inputs the second's product goes first, to memory: one accumulator never collects two chained products, which
     some compilers get wrong, and one input at a time fits in shared memory.
     """
+    p_w, p_bias, p_part = dense
+    p_pre, _, _, p_y, p_add, has_add = where
+    BM: tl.constexpr = NET.BM
+    BN: tl.constexpr = NET.BN if NET.BN < HP else HP
     tl.debug_barrier()
     o_b = tl.arange(0, BM)
     if KP2 > 0:
         o_k2 = tl.arange(0, KP2)
         b_a2 = tl.load(p_in2 + o_b[:, None] * KP2 + o_k2[None, :])
-        for n in tl.range(0, HP, BN, num_stages=STAGES):
+        for n in tl.range(0, HP, BN, num_stages=NET.STAGES):
             o_m = n + tl.arange(0, BN)
             b_w2 = tl.load(p_w + (KP + o_k2)[:, None] * HP + o_m[None, :])
-            tl.store(p_part + o_b[:, None] * HP + o_m[None, :], product(b_a2, b_w2, PRECISION, ARITH))
+            tl.store(p_part + o_b[:, None] * HP + o_m[None, :], product(b_a2, b_w2, NET))
         tl.debug_barrier()
     o_k = tl.arange(0, KP)
     b_a = tl.load(p_in + o_b[:, None] * KP + o_k[None, :])
     s1 = tl.zeros([BM], tl.float32)
     s2 = tl.zeros([BM], tl.float32)
-    for n in tl.range(0, HP, BN, num_stages=STAGES):
+    for n in tl.range(0, HP, BN, num_stages=NET.STAGES):
         o_n = n + tl.arange(0, BN)
         b_w = tl.load(p_w + o_k[:, None] * HP + o_n[None, :])
-        b_acc = product(b_a, b_w, PRECISION, ARITH)
-        if FOLD and NORM == "after":
+        b_acc = product(b_a, b_w, NET)
+        if NET.FOLD and NET.NORM == "after":
             b_acc = b_acc * r[:, None]
         b_acc += tl.load(p_bias + o_n)[None, :]
+        o_y = o_b[:, None] * HP + o_n[None, :]
         if KP2 > 0:
-            b_acc += tl.load(p_part + o_b[:, None] * HP + o_n[None, :])
-        s1, s2 = epilogue(
-            b_acc, o_b[:, None] * HP + o_n[None, :], p_pre, p_y, p_add, has_add, s1, s2, ACT, NORM, ADD, SAVE, ARITH
-        )
-    return finish(
-        s1,
-        s2,
-        p_pre,
-        p_y,
-        p_stats,
-        stats_stride,
-        p_scale,
-        p_shift,
-        p_t,
-        p_film,
-        p_film_time,
-        p_w_film,
-        o_c,
-        o_s,
-        film_stride_b,
-        p_add,
-        has_add,
-        eps,
-        H,
-        HP,
-        TP,
-        TABLE,
-        ACT,
-        NORM,
-        FOLD,
-        ADD,
-        SAVE,
-        ARITH,
-        PRECISION,
-        BM,
-        BN,
-    )
+            b_acc += tl.load(p_part + o_y)
+        s1, s2 = epilogue(b_acc, o_y, p_pre, p_y, p_add, has_add, s1, s2, NET, ADD, SAVE)
+    return finish(s1, s2, norm, where, inputs, eps, NET, H, HP, ADD, SAVE)
 
 
 @triton.jit
-def epilogue(
-    b_acc,
-    o_y,
-    p_pre,
-    p_y,
-    p_add,
-    has_add,
-    s1,
-    s2,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    ADD: tl.constexpr,
-    SAVE: tl.constexpr,
-    ARITH: tl.constexpr,
-):
+def epilogue(b_acc, o_y, p_pre, p_y, p_add, has_add, s1, s2, NET: tl.constexpr, ADD: tl.constexpr, SAVE: tl.constexpr):
     """Stores a tile of pre-activations, or of what is known of the output; returns the sums of what is normalised."""
-    FIRST: tl.constexpr = NORM == "before" or NORM == "film"
+    FIRST: tl.constexpr = NET.NORM == "before" or NET.NORM == "film"
     if SAVE or FIRST:
-        tl.store(p_pre + o_y, cast(b_acc, p_pre.dtype.element_ty, ARITH))
+        tl.store(p_pre + o_y, cast(b_acc, p_pre.dtype.element_ty, NET))
     if not FIRST:
-        b_acc = activate(b_acc, ACT, ARITH)
-    if NORM != "none":
+        b_acc = activate(b_acc, NET)
+    if NET.NORM != "none":
         s1 += tl.sum(b_acc, 1)
         s2 += tl.sum(b_acc * b_acc, 1)
     elif ADD > 0:
         b_acc += load_if(p_add + o_y, has_add)
     if not FIRST:
-        tl.store(p_y + o_y, cast(b_acc, p_y.dtype.element_ty, ARITH))
+        tl.store(p_y + o_y, cast(b_acc, p_y.dtype.element_ty, NET))
     return s1, s2
 
 
@@ -394,107 +274,58 @@ def epilogue(
 def finish(
     s1,
     s2,
-    p_pre,
-    p_y,
-    p_stats,
-    stats_stride,
-    p_scale,
-    p_shift,
-    p_t,
-    p_film,
-    p_film_time,
-    p_w_film,
-    o_c,
-    o_s,
-    film_stride_b,
-    p_add,
-    has_add,
+    norm,
+    where,
+    inputs,
     eps,
+    NET: tl.constexpr,
     H: tl.constexpr,
     HP: tl.constexpr,
-    TP: tl.constexpr,
-    TABLE: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FOLD: tl.constexpr,
     ADD: tl.constexpr,
     SAVE: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
 ):
     """The statistics of a layer and, without FOLD, the second pass that normalises. Returns r."""
-    if NORM == "none":
+    p_pre, p_stats, stats_stride, p_y, p_add, has_add = where
+    BM: tl.constexpr = NET.BM
+    BN: tl.constexpr = NET.BN if NET.BN < HP else HP
+    if NET.NORM == "none":
         r = s1
     else:
         mu, r = row_scale(s1, s2, H, eps)
+        o_b = tl.arange(0, BM)
         if SAVE:
-            o_b = tl.arange(0, BM)
             tl.store(p_stats + o_b, mu)
             tl.store(p_stats + stats_stride + o_b, r)
-        if not FOLD:
+        if not NET.FOLD:
             tl.debug_barrier()
             for n in tl.range(0, HP, BN, num_stages=1):
                 o_n = n + tl.arange(0, BN)
-                o_y = tl.arange(0, BM)[:, None] * HP + o_n[None, :]
-                if NORM == "after":
+                o_y = o_b[:, None] * HP + o_n[None, :]
+                if NET.NORM == "after":
                     b_y = tl.load(p_y + o_y).to(tl.float32)
                 else:
                     b_y = tl.load(p_pre + o_y).to(tl.float32)
-                b_y = (b_y - mu[:, None]) * r[:, None]
-                b_g, b_s = affine(
-                    o_n,
-                    p_scale,
-                    p_shift,
-                    p_t,
-                    p_film,
-                    p_film_time,
-                    p_w_film,
-                    o_c,
-                    o_s,
-                    film_stride_b,
-                    HP,
-                    TP,
-                    TABLE,
-                    NORM,
-                    ARITH,
-                    PRECISION,
-                )
-                b_y = b_y * b_g + b_s
-                if NORM != "after":
-                    b_y = activate(b_y, ACT, ARITH)
+                b_g, b_s = affine(o_n, norm, inputs, NET, HP)
+                b_y = (b_y - mu[:, None]) * r[:, None] * b_g + b_s
+                if NET.NORM != "after":
+                    b_y = activate(b_y, NET)
                 if ADD > 0:
                     b_y += load_if(p_add + o_y, has_add)
-                tl.store(p_y + o_y, cast(b_y, p_y.dtype.element_ty, ARITH))
+                tl.store(p_y + o_y, cast(b_y, p_y.dtype.element_ty, NET))
     return r
 
 
 @triton.jit
-def affine(
-    o_n,
-    p_scale,
-    p_shift,
-    p_t,
-    p_film,
-    p_film_time,
-    p_w_film,
-    o_c,
-    o_s,
-    film_stride_b,
-    HP: tl.constexpr,
-    TP: tl.constexpr,
-    TABLE: tl.constexpr,
-    NORM: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def affine(o_n, norm, inputs, NET: tl.constexpr, HP: tl.constexpr):
     """The factor and the shift behind the norm in columns o_n: [1, BN] of LayerNorm, [BM, BN] of FiLM."""
-    if NORM == "film":
-        p_f = p_film + o_c[:, None].to(tl.int64) * film_stride_b + o_n[None, :]
+    p_scale, p_shift, p_film, p_film_time, p_w_film = norm
+    _, p_t, _, _, _, _, o_c, o_s, film_stride = inputs
+    TP: tl.constexpr = NET.TP
+    if NET.NORM == "film":
+        p_f = p_film + o_c[:, None].to(tl.int64) * film_stride + o_n[None, :]
         b_g = 1.0 + tl.load(p_f).to(tl.float32)
         b_s = tl.load(p_f + HP).to(tl.float32)
-        if TABLE:
+        if NET.TABLE:
             b_g += tl.load(p_film_time + o_n)[None, :]
             b_s += tl.load(p_film_time + HP + o_n)[None, :]
         else:
@@ -502,8 +333,8 @@ def affine(
             o_t = tl.arange(0, TP)
             b_t = tl.load(p_t + o_s[:, None] * TP + o_t[None, :])
             p_w = p_w_film + o_t[:, None] * (2 * HP) + o_n[None, :]
-            b_g += product(b_t, tl.load(p_w), PRECISION, ARITH)
-            b_s += product(b_t, tl.load(p_w + HP), PRECISION, ARITH)
+            b_g += product(b_t, tl.load(p_w), NET)
+            b_s += product(b_t, tl.load(p_w + HP), NET)
     else:
         b_g = tl.load(p_scale + o_n)[None, :]
         b_s = tl.load(p_shift + o_n)[None, :]
@@ -522,24 +353,13 @@ def load_if(p, condition):
 @triton.jit
 def network_bwd(
     b_dout,  # [BM, DP] gradient of the head's output
-    p_t,
-    p_film,
-    p_film_time,
-    w_feat_ptr,
-    w_film_ptr,
-    w_hidden_ptr,
-    scale_ptr,
-    shift_ptr,
-    w_out_ptr,
+    inputs,
+    weights,
     pre_ptr,  # workspace of R_P rows, as network_fwd left it
     stats_ptr,
     h_ptr,  # workspace of MP rows: gradient of the outputs; float32, with FOLD as stored and one layer at a time
     dpre_ptr,  # workspace of R_D rows, result: gradient of the pre-activations
-    xhat_ptr,  # workspace of R_D rows, result with FOLD and WEIGHTS: normalised activations
-    dfilm_ptr,  # workspace of R_D rows of 2 HP[l], result with WEIGHTS: gradient of FiLM's [scale, shift]
-    dcond_ptr,  # [E, MP, HP[0]] float32, added to: gradient of cond's share of the first layer
-    dcond_film_ptr,  # [E, MP, 2 sum HP] float32, added to: gradient of cond's share of FiLM
-    dnorm_ptr,  # [2, blocks, E, sum HP] float32, added to: gradient of scale and shift, per block of rows
+    results,  # see `backward_kernel`: xhat, dfilm, dcond, dcond_film, dnorm
     i_b,
     i_e,
     n_b,
@@ -550,37 +370,11 @@ def network_bwd(
     r_p,  # the block's first row in the workspaces of R_P rows
     r_m,  # of MP rows
     r_d,  # of R_D rows
-    o_c,
-    o_s,
-    film_stride_b,
-    o_d,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    KP: tl.constexpr,
-    OFF: tl.constexpr,
-    OFF_W: tl.constexpr,
-    IN: tl.constexpr,
-    FRESH: tl.constexpr,
-    RES: tl.constexpr,
-    L: tl.constexpr,
-    FP: tl.constexpr,
-    TP: tl.constexpr,
-    DP: tl.constexpr,
-    COND: tl.constexpr,
-    TABLE: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FOLD: tl.constexpr,
-    ROLL: tl.constexpr,
+    NET: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DCOND: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """The gradient [BM, FP] of the state features. FRESH[l][j]: input j of layer l has no other gradient yet.
+    """The gradient [BM, FP] of the state features.
 
     With h = dpre_next W^T and xhat the normalised activations, a layer of FOLD has
 
@@ -589,14 +383,27 @@ def network_bwd(
     where h is centred over the row because W'' is. The row mean needs all of h, so h passes through a workspace: one
     loop makes it, a second one finishes the layer.
     """
-    HPL: tl.constexpr = HP[L - 1]
-    BNL: tl.constexpr = BN if BN < HPL else HPL
+    w_feat_ptr, _, w_film_ptr, w_hidden_ptr, _, scale_ptr, shift_ptr, w_out_ptr, _ = weights
+    xhat_ptr, dfilm_ptr, dcond_ptr, dcond_film_ptr, dnorm_ptr = results
+    _, _, _, _, p_film, p_film_time, _, _, _ = inputs
+    BM: tl.constexpr = NET.BM
+    L: tl.constexpr = NET.L
+    FP: tl.constexpr = NET.FP
+    TP: tl.constexpr = NET.TP
+    DP: tl.constexpr = NET.DP
+    FOLD: tl.constexpr = NET.FOLD
+    RES: tl.constexpr = NET.RES
+    HPL: tl.constexpr = NET.HP[L - 1]
+    BNL: tl.constexpr = NET.BN if NET.BN < HPL else HPL
+    OFFL: tl.constexpr = NET.OFF[L - 1]
     DTYPE: tl.constexpr = w_feat_ptr.dtype.element_ty
-    mu, r = load_stats(stats_ptr + r_p, L - 1, n_e * R_P, NORM, BM)
+    o_b = tl.arange(0, BM)
+    o_d = tl.arange(0, DP)
+    mu, r = load_stats(stats_ptr + r_p, L - 1, n_e * R_P, NET)
     p_h = h_ptr + r_m * HPL
     if not FOLD:
-        p_h = h_ptr + n_e * MP * OFF[L - 1] + r_m * HPL
-    p_pre = pre_ptr + n_e * R_P * OFF[L - 1] + r_p * HPL
+        p_h = h_ptr + n_e * MP * OFFL + r_m * HPL
+    p_pre = pre_ptr + n_e * R_P * OFFL + r_p * HPL
     s = tl.zeros([BM], tl.float32)
     for n in tl.range(0, HPL, BNL, num_stages=1):
         o_n = n + tl.arange(0, BNL)
@@ -604,151 +411,77 @@ def network_bwd(
             b_h = b_dout * tl.load(w_out_ptr + i_e * HPL + o_n)[None, :]
         else:
             b_w = tl.load(w_out_ptr + (i_e * HPL + o_n)[None, :] * DP + o_d[:, None])
-            b_h = product(cast(b_dout, DTYPE, ARITH), cast(b_w, DTYPE, ARITH), PRECISION, ARITH)
-        o_y = tl.arange(0, BM)[:, None] * HPL + o_n[None, :]
-        s += store_h(b_h, o_y, p_h, p_pre, mu, r, ACT, NORM, FOLD, ARITH)
-    if ROLL:
+            b_h = product(cast(b_dout, DTYPE, NET), cast(b_w, DTYPE, NET), NET)
+        s += store_h(b_h, o_b[:, None] * HPL + o_n[None, :], p_h, p_pre, mu, r, NET)
+    if NET.ROLL:
+        ADD: tl.constexpr = RES if RES < L else 0
         for i in tl.range(0, L, num_stages=1):
             l = L - 1 - i
-            mu, r = load_stats(stats_ptr + r_p, l, n_e * R_P, NORM, BM)
-            at = l
+            at = n_e * l + i_e
+            mu, r = load_stats(stats_ptr + r_p, l, n_e * R_P, NET)
+            slot = l
             if FOLD:
-                at = l * 0
-            p_h = h_ptr + n_e * MP * HPL * at + r_m * HPL
+                slot = l * 0
             p_dpre = dpre_ptr + n_e * R_D * HPL * l + r_d * HPL
-            has_add = (l % RES == 0) & (l > 0)
-            hidden_bwd(
-                s,
-                mu,
-                r,
-                p_h,
+            norm = (
+                scale_ptr + at * HPL,
+                shift_ptr + at * HPL,
+                p_film + 2 * HPL * l,
+                p_film_time + 2 * HPL * l,
+                w_film_ptr + at * TP * 2 * HPL,
+            )
+            gradients = (
+                h_ptr + n_e * MP * HPL * slot + r_m * HPL,
                 h_ptr + n_e * MP * HPL * (l - RES) + r_m * HPL,
-                has_add,
+                (l % RES == 0) & (l > 0),
                 pre_ptr + n_e * R_P * HPL * l + r_p * HPL,
                 p_dpre,
                 xhat_ptr + n_e * R_D * HPL * l + r_d * HPL,
-                scale_ptr + (n_e * l + i_e) * HPL,
-                shift_ptr + (n_e * l + i_e) * HPL,
-                p_t,
-                p_film + 2 * HPL * l,
-                p_film_time + 2 * HPL * l,
-                w_film_ptr + (n_e * l + i_e) * TP * 2 * HPL,
-                o_c,
-                o_s,
-                film_stride_b,
                 dfilm_ptr + (n_e * R_D * HPL * l + r_d * HPL) * 2,
                 dcond_film_ptr + r_m * (2 * L * HPL) + 2 * HPL * l,
                 2 * L * HPL,
                 dnorm_ptr + (i_b * n_e + i_e) * L * HPL + l * HPL,
                 n_b * n_e * L * HPL,
-                H[0],
-                HPL,
-                TP,
-                TABLE,
-                ACT,
-                NORM,
-                FOLD,
-                RES if RES < L else 0,
-                WEIGHTS,
-                DCOND,
-                ARITH,
-                PRECISION,
-                BM,
-                BNL,
             )
+            hidden_bwd(s, mu, r, gradients, norm, inputs, NET, NET.H[0], HPL, ADD, WEIGHTS, DCOND)
             if l > 0:
                 below = l - 1
-                mu, r = load_stats(stats_ptr + r_p, below, n_e * R_P, NORM, BM)
-                at = below
+                mu, r = load_stats(stats_ptr + r_p, below, n_e * R_P, NET)
+                slot = below
                 if FOLD:
-                    at = l * 0
+                    slot = l * 0
                 s = input_bwd(
                     mu,
                     r,
                     p_dpre,
-                    h_ptr + n_e * MP * HPL * at + r_m * HPL,
+                    h_ptr + n_e * MP * HPL * slot + r_m * HPL,
                     pre_ptr + n_e * R_P * HPL * below + r_p * HPL,
                     w_hidden_ptr + (n_e * below + i_e) * HPL * HPL,
                     below % RES == 0,
+                    NET,
                     HPL,
                     HPL,
-                    RES if RES < L else 0,
-                    ACT,
-                    NORM,
-                    FOLD,
-                    ARITH,
-                    PRECISION,
-                    BM,
-                    BNL,
-                    STAGES,
+                    ADD,
                 )
     else:
         for i in tl.static_range(L):
             s = unrolled_bwd(
-                s,
-                p_t,
-                p_film,
-                p_film_time,
-                w_film_ptr,
-                w_hidden_ptr,
-                scale_ptr,
-                shift_ptr,
-                pre_ptr,
-                stats_ptr,
-                h_ptr,
-                dpre_ptr,
-                xhat_ptr,
-                dfilm_ptr,
-                dcond_film_ptr,
-                dnorm_ptr,
-                i_b,
-                i_e,
-                n_b,
-                n_e,
-                MP,
-                R_P,
-                R_D,
-                r_p,
-                r_m,
-                r_d,
-                o_c,
-                o_s,
-                film_stride_b,
-                L - 1 - i,
-                H,
-                HP,
-                KP,
-                OFF,
-                OFF_W,
-                IN,
-                FRESH,
-                L,
-                TP,
-                TABLE,
-                ACT,
-                NORM,
-                FOLD,
-                WEIGHTS,
-                DCOND,
-                ARITH,
-                PRECISION,
-                BM,
-                BN,
-                STAGES,
-            )
+                s, inputs, weights, pre_ptr, stats_ptr, h_ptr, dpre_ptr, results, i_b, i_e, n_b, n_e, MP, R_P, R_D,
+                r_p, r_m, r_d, L - 1 - i, NET, WEIGHTS, DCOND,
+            )  # fmt: skip
     tl.debug_barrier()
-    HP0: tl.constexpr = HP[0]
-    BN0: tl.constexpr = BN if BN < HP0 else HP0
+    HP: tl.constexpr = NET.HP[0]
+    BN: tl.constexpr = NET.BN if NET.BN < HP else HP
     o_f = tl.arange(0, FP)
     b_df = tl.zeros([BM, FP], tl.float32)
-    for n in tl.range(0, HP0, BN0, num_stages=1):
-        o_k = n + tl.arange(0, BN0)
-        o_y = tl.arange(0, BM)[:, None] * HP0 + o_k[None, :]
-        b_d = tl.load(dpre_ptr + r_d * HP0 + o_y)
-        b_wf = tl.load(w_feat_ptr + (i_e * FP + o_f)[None, :] * HP0 + o_k[:, None])
-        b_df += product(b_d, b_wf, PRECISION, ARITH)
-        if DCOND and COND and NORM != "film":
-            p_dc = dcond_ptr + r_m * HP0 + o_y
+    for n in tl.range(0, HP, BN, num_stages=1):
+        o_k = n + tl.arange(0, BN)
+        o_y = o_b[:, None] * HP + o_k[None, :]
+        b_d = tl.load(dpre_ptr + r_d * HP + o_y)
+        b_wf = tl.load(w_feat_ptr + (i_e * FP + o_f)[None, :] * HP + o_k[:, None])
+        b_df += product(b_d, b_wf, NET)
+        if DCOND and NET.COND and NET.NORM != "film":
+            p_dc = dcond_ptr + r_m * HP + o_y
             tl.store(p_dc, tl.load(p_dc) + b_d.to(tl.float32))
     return b_df
 
@@ -756,21 +489,13 @@ def network_bwd(
 @triton.jit
 def unrolled_bwd(
     s,
-    p_t,
-    p_film,
-    p_film_time,
-    w_film_ptr,
-    w_hidden_ptr,
-    scale_ptr,
-    shift_ptr,
+    inputs,
+    weights,
     pre_ptr,
     stats_ptr,
     h_ptr,
     dpre_ptr,
-    xhat_ptr,
-    dfilm_ptr,
-    dcond_film_ptr,
-    dnorm_ptr,
+    results,
     i_b,
     i_e,
     n_b,
@@ -781,120 +506,58 @@ def unrolled_bwd(
     r_p,
     r_m,
     r_d,
-    o_c,
-    o_s,
-    film_stride_b,
     l: tl.constexpr,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    KP: tl.constexpr,
-    OFF: tl.constexpr,
-    OFF_W: tl.constexpr,
-    IN: tl.constexpr,
-    FRESH: tl.constexpr,
-    L: tl.constexpr,
-    TP: tl.constexpr,
-    TABLE: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FOLD: tl.constexpr,
+    NET: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DCOND: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Layer l and the gradient of its inputs; returns s of the layer before."""
-    HPI: tl.constexpr = HP[l]
-    SUM: tl.constexpr = OFF[L - 1] + HP[L - 1]
-    mu, r = load_stats(stats_ptr + r_p, l, n_e * R_P, NORM, BM)
-    p_dpre = dpre_ptr + n_e * R_D * OFF[l] + r_d * HPI
-    hidden_bwd(
-        s,
-        mu,
-        r,
-        h_ptr + n_e * MP * (0 if FOLD else OFF[l]) + r_m * HPI,
+    _, _, w_film_ptr, w_hidden_ptr, _, scale_ptr, shift_ptr, _, _ = weights
+    xhat_ptr, dfilm_ptr, _, dcond_film_ptr, dnorm_ptr = results
+    _, _, _, _, p_film, p_film_time, _, _, _ = inputs
+    HP: tl.constexpr = NET.HP[l]
+    OFF: tl.constexpr = NET.OFF[l]
+    SUM: tl.constexpr = NET.OFF[NET.L - 1] + NET.HP[NET.L - 1]
+    FOLD: tl.constexpr = NET.FOLD
+    at = n_e * OFF + i_e * HP
+    mu, r = load_stats(stats_ptr + r_p, l, n_e * R_P, NET)
+    p_dpre = dpre_ptr + n_e * R_D * OFF + r_d * HP
+    norm = (
+        scale_ptr + at,
+        shift_ptr + at,
+        p_film + 2 * OFF,
+        p_film_time + 2 * OFF,
+        w_film_ptr + at * NET.TP * 2,
+    )
+    gradients = (
+        h_ptr + n_e * MP * (0 if FOLD else OFF) + r_m * HP,
         h_ptr,
         0,
-        pre_ptr + n_e * R_P * OFF[l] + r_p * HPI,
+        pre_ptr + n_e * R_P * OFF + r_p * HP,
         p_dpre,
-        xhat_ptr + n_e * R_D * OFF[l] + r_d * HPI,
-        scale_ptr + n_e * OFF[l] + i_e * HPI,
-        shift_ptr + n_e * OFF[l] + i_e * HPI,
-        p_t,
-        p_film + 2 * OFF[l],
-        p_film_time + 2 * OFF[l],
-        w_film_ptr + (n_e * OFF[l] + i_e * HPI) * TP * 2,
-        o_c,
-        o_s,
-        film_stride_b,
-        dfilm_ptr + (n_e * R_D * OFF[l] + r_d * HPI) * 2,
-        dcond_film_ptr + r_m * (2 * SUM) + 2 * OFF[l],
+        xhat_ptr + n_e * R_D * OFF + r_d * HP,
+        dfilm_ptr + (n_e * R_D * OFF + r_d * HP) * 2,
+        dcond_film_ptr + r_m * (2 * SUM) + 2 * OFF,
         2 * SUM,
-        dnorm_ptr + (i_b * n_e + i_e) * SUM + OFF[l],
+        dnorm_ptr + (i_b * n_e + i_e) * SUM + OFF,
         n_b * n_e * SUM,
-        H[l],
-        HPI,
-        TP,
-        TABLE,
-        ACT,
-        NORM,
-        FOLD,
-        0,
-        WEIGHTS,
-        DCOND,
-        ARITH,
-        PRECISION,
-        BM,
-        BN if BN < HPI else HPI,
     )
-    p_w = w_hidden_ptr + n_e * OFF_W[l] + i_e * KP[l] * HPI
-    if len(IN[l]) > 1:
-        input_bwd(
-            mu,
-            r,
-            p_dpre,
-            h_ptr + n_e * MP * OFF[IN[l][1]] + r_m * HP[IN[l][1]],
-            p_dpre,
-            p_w + HP[IN[l][0]] * HPI,
-            1,
-            HPI,
-            HP[IN[l][1]],
-            0 if FRESH[l][1] else 1,
-            ACT,
-            NORM,
-            FOLD,
-            ARITH,
-            PRECISION,
-            BM,
-            BN if HP[IN[l][1]] > BN else HP[IN[l][1]],
-            STAGES,
-        )
+    hidden_bwd(s, mu, r, gradients, norm, inputs, NET, NET.H[l], HP, 0, WEIGHTS, DCOND)
+    p_w = w_hidden_ptr + n_e * NET.OFF_W[l] + i_e * NET.KP[l] * HP
+    if len(NET.IN[l]) > 1:
+        J2: tl.constexpr = NET.IN[l][1]
+        KP2: tl.constexpr = NET.HP[J2]
+        p_h2 = h_ptr + n_e * MP * NET.OFF[J2] + r_m * KP2
+        MORE2: tl.constexpr = 0 if NET.FRESH[l][1] else 1
+        input_bwd(mu, r, p_dpre, p_h2, p_dpre, p_w + NET.HP[NET.IN[l][0]] * HP, 1, NET, HP, KP2, MORE2)
     if l > 0:
-        J: tl.constexpr = IN[l][0]
-        mu, r = load_stats(stats_ptr + r_p, J, n_e * R_P, NORM, BM)
-        s = input_bwd(
-            mu,
-            r,
-            p_dpre,
-            h_ptr + n_e * MP * (0 if FOLD else OFF[J]) + r_m * HP[J],
-            pre_ptr + n_e * R_P * OFF[J] + r_p * HP[J],
-            p_w,
-            1,
-            HPI,
-            HP[J],
-            0 if FRESH[l][0] else 1,
-            ACT,
-            NORM,
-            FOLD,
-            ARITH,
-            PRECISION,
-            BM,
-            BN if HP[J] > BN else HP[J],
-            STAGES,
-        )
+        J: tl.constexpr = NET.IN[l][0]
+        KP: tl.constexpr = NET.HP[J]
+        mu, r = load_stats(stats_ptr + r_p, J, n_e * R_P, NET)
+        p_h = h_ptr + n_e * MP * (0 if FOLD else NET.OFF[J]) + r_m * KP
+        p_pre = pre_ptr + n_e * R_P * NET.OFF[J] + r_p * KP
+        MORE: tl.constexpr = 0 if NET.FRESH[l][0] else 1
+        s = input_bwd(mu, r, p_dpre, p_h, p_pre, p_w, 1, NET, HP, KP, MORE)
     return s
 
 
@@ -903,58 +566,38 @@ def hidden_bwd(
     s,
     mu,
     r,
-    p_h,
-    p_h_add,
-    has_add,
-    p_pre,
-    p_dpre,
-    p_xhat,
-    p_scale,
-    p_shift,
-    p_t,
-    p_film,
-    p_film_time,
-    p_w_film,
-    o_c,
-    o_s,
-    film_stride_b,
-    p_dfilm,
-    p_dcond_film,
-    dcond_film_stride,
-    p_dnorm,
-    dnorm_stride,
+    gradients,
+    norm,
+    inputs,
+    NET: tl.constexpr,
     H: tl.constexpr,
     HP: tl.constexpr,
-    TP: tl.constexpr,
-    TABLE: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FOLD: tl.constexpr,
     ADD: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DCOND: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
 ):
     """From the gradient h of a layer's output to that of its pre-activations."""
+    p_h, p_h_add, has_add, p_pre, p_dpre, p_xhat, p_dfilm, p_dcond_film, dcond_film_stride, p_dnorm, dnorm_stride = (
+        gradients
+    )
+    BM: tl.constexpr = NET.BM
+    BN: tl.constexpr = NET.BN if NET.BN < HP else HP
     DTYPE: tl.constexpr = p_dpre.dtype.element_ty
     tl.debug_barrier()
     o_b = tl.arange(0, BM)[:, None]
-    if FOLD:
+    if NET.FOLD:
         for n in tl.range(0, HP, BN, num_stages=1):
             o_n = n + tl.arange(0, BN)
             o_y = o_b * HP + o_n[None, :]
             b_h = tl.load(p_h + o_y).to(tl.float32)
             b_pre = tl.load(p_pre + o_y).to(tl.float32)
-            b_y, b_dy = activate_grad(b_pre, ACT, ARITH)
-            if NORM == "after":
+            b_y, b_dy = activate_grad(b_pre, NET)
+            if NET.NORM == "after":
                 b_y = (b_y - mu[:, None]) * r[:, None]
                 b_h = r[:, None] * (b_h - b_y * (s / H)[:, None])
             if WEIGHTS:
-                tl.store(p_xhat + o_y, cast(b_y, DTYPE, ARITH))
-            tl.store(p_dpre + o_y, cast(b_h * b_dy, DTYPE, ARITH))
+                tl.store(p_xhat + o_y, cast(b_y, DTYPE, NET))
+            tl.store(p_dpre + o_y, cast(b_h * b_dy, DTYPE, NET))
     else:
         m1 = tl.zeros([BM], tl.float32)
         m2 = tl.zeros([BM], tl.float32)
@@ -966,38 +609,22 @@ def hidden_bwd(
             if ADD > 0:
                 # What is added passes its gradient on as it is, and is the first to give one to that layer.
                 tl.store(p_h_add + o_y, b_h, mask=(o_y >= 0) & (has_add != 0))
-            if NORM == "none":
-                b_y, b_dy = activate_grad(b_pre, ACT, ARITH)
-                tl.store(p_dpre + o_y, cast(b_h * b_dy, DTYPE, ARITH))
+            if NET.NORM == "none":
+                b_y, b_dy = activate_grad(b_pre, NET)
+                tl.store(p_dpre + o_y, cast(b_h * b_dy, DTYPE, NET))
             else:
-                b_g, b_s = affine(
-                    o_n,
-                    p_scale,
-                    p_shift,
-                    p_t,
-                    p_film,
-                    p_film_time,
-                    p_w_film,
-                    o_c,
-                    o_s,
-                    film_stride_b,
-                    HP,
-                    TP,
-                    TABLE,
-                    NORM,
-                    ARITH,
-                    PRECISION,
-                )
-                if NORM == "after":
-                    b_x = (activate(b_pre, ACT, ARITH) - mu[:, None]) * r[:, None]
+                b_g, b_s = affine(o_n, norm, inputs, NET, HP)
+                if NET.NORM == "after":
+                    b_x = (activate(b_pre, NET) - mu[:, None]) * r[:, None]
                 else:
                     b_x = (b_pre - mu[:, None]) * r[:, None]
-                    b_y, b_dy = activate_grad(b_x * b_g + b_s, ACT, ARITH)
+                    b_y, b_dy = activate_grad(b_x * b_g + b_s, NET)
                     b_h = b_h * b_dy
-                if NORM == "film":
+                if NET.NORM == "film":
                     if WEIGHTS:
-                        tl.store(p_dfilm + o_b * (2 * HP) + o_n[None, :], cast(b_h * b_x, DTYPE, ARITH))
-                        tl.store(p_dfilm + HP + o_b * (2 * HP) + o_n[None, :], cast(b_h, DTYPE, ARITH))
+                        p_df = p_dfilm + o_b * (2 * HP) + o_n[None, :]
+                        tl.store(p_df, cast(b_h * b_x, DTYPE, NET))
+                        tl.store(p_df + HP, cast(b_h, DTYPE, NET))
                     if DCOND:
                         p_dc = p_dcond_film + o_b * dcond_film_stride + o_n[None, :]
                         tl.store(p_dc, tl.load(p_dc) + b_h * b_x)
@@ -1010,7 +637,7 @@ def hidden_bwd(
                 m1 += tl.sum(b_h, 1)
                 m2 += tl.sum(b_h * b_x, 1)
                 tl.store(p_h + o_y, b_h)
-        if NORM != "none":
+        if NET.NORM != "none":
             m1 = m1 / H
             m2 = m2 / H
             tl.debug_barrier()
@@ -1018,16 +645,16 @@ def hidden_bwd(
                 o_k = n + tl.arange(0, BN)
                 o_z = o_b * HP + o_k[None, :]
                 b_dx = tl.load(p_h + o_z).to(tl.float32)
-                b_p = tl.load(p_pre + o_z).to(tl.float32)
-                b_a = b_p
-                b_da = tl.zeros_like(b_p) + 1.0
-                if NORM == "after":
-                    b_a, b_da = activate_grad(b_p, ACT, ARITH)
+                b_a = tl.load(p_pre + o_z).to(tl.float32)
+                if NET.NORM == "after":
+                    b_a, b_da = activate_grad(b_a, NET)
                 b_xh = (b_a - mu[:, None]) * r[:, None]
-                b_dx = r[:, None] * (b_dx - m1[:, None] - b_xh * m2[:, None]) * b_da
+                b_dx = r[:, None] * (b_dx - m1[:, None] - b_xh * m2[:, None])
+                if NET.NORM == "after":
+                    b_dx = b_dx * b_da
                 # Padded columns hold (0 - mu) r, not 0.
                 b_dx = tl.where((o_k < H)[None, :], b_dx, 0.0)
-                tl.store(p_dpre + o_z, cast(b_dx, DTYPE, ARITH))
+                tl.store(p_dpre + o_z, cast(b_dx, DTYPE, NET))
 
 
 @triton.jit
@@ -1039,39 +666,35 @@ def input_bwd(
     p_pre,
     p_w,
     has_gradient,
+    NET: tl.constexpr,
     HP: tl.constexpr,
     KP: tl.constexpr,
-    ADD: tl.constexpr,
-    ACT: tl.constexpr,
-    NORM: tl.constexpr,
-    FOLD: tl.constexpr,
-    ARITH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    MORE: tl.constexpr,
 ):
-    """h of one of a layer's inputs, dpre W^T; returns its row sums of h o xhat for FOLD."""
+    """h of one of a layer's inputs, dpre W^T, with MORE added to what is there; returns its row sums of h o xhat."""
+    BM: tl.constexpr = NET.BM
+    BN: tl.constexpr = NET.BN if NET.BN < KP else KP
     tl.debug_barrier()
     o_h = tl.arange(0, HP)
     o_b = tl.arange(0, BM)[:, None]
     b_a = tl.load(p_dpre + o_b * HP + o_h[None, :])
     s = tl.zeros([BM], tl.float32)
-    for n in tl.range(0, KP, BN, num_stages=STAGES):
+    for n in tl.range(0, KP, BN, num_stages=NET.STAGES):
         o_n = n + tl.arange(0, BN)
         b_w = tl.load(p_w + o_n[None, :] * HP + o_h[:, None])
-        b_h = product(b_a, b_w, PRECISION, ARITH)
+        b_h = product(b_a, b_w, NET)
         o_y = o_b * KP + o_n[None, :]
-        if not FOLD and ADD > 0:
+        if not NET.FOLD and MORE > 0:
             b_h += load_if(p_h + o_y, has_gradient)
-        s += store_h(b_h, o_y, p_h, p_pre, mu, r, ACT, NORM, FOLD, ARITH)
+        s += store_h(b_h, o_y, p_h, p_pre, mu, r, NET)
     return s
 
 
 @triton.jit
-def load_stats(p_stats, l, stride, NORM: tl.constexpr, BM: tl.constexpr):
+def load_stats(p_stats, l, stride, NET: tl.constexpr):
     """Mean and scale of layer l's rows."""
-    if NORM != "none":
+    BM: tl.constexpr = NET.BM
+    if NET.NORM != "none":
         o_b = tl.arange(0, BM)
         mu = tl.load(p_stats + 2 * l * stride + o_b)
         r = tl.load(p_stats + (2 * l + 1) * stride + o_b)
@@ -1082,16 +705,14 @@ def load_stats(p_stats, l, stride, NORM: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def store_h(
-    b_h, o_y, p_h, p_pre, mu, r, ACT: tl.constexpr, NORM: tl.constexpr, FOLD: tl.constexpr, ARITH: tl.constexpr
-):
+def store_h(b_h, o_y, p_h, p_pre, mu, r, NET: tl.constexpr):
     """Stores a tile of h; returns its share of each row's sum of h o xhat."""
-    if FOLD:
-        tl.store(p_h + o_y, cast(b_h, p_h.dtype.element_ty, ARITH))
+    if NET.FOLD:
+        tl.store(p_h + o_y, cast(b_h, p_h.dtype.element_ty, NET))
     else:
         tl.store(p_h + o_y, b_h)
-    if FOLD and NORM == "after":
-        b_y = activate(tl.load(p_pre + o_y).to(tl.float32), ACT, ARITH)
+    if NET.FOLD and NET.NORM == "after":
+        b_y = activate(tl.load(p_pre + o_y).to(tl.float32), NET)
         return tl.sum(b_h * ((b_y - mu[:, None]) * r[:, None]), 1)
     else:
         return tl.zeros_like(mu)

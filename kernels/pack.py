@@ -204,10 +204,45 @@ def scalars(net: plan.Network) -> tuple[float, ...]:
     return net.low, net.high, net.std, net.eps, net.output_scale
 
 
-def constants(net: plan.Network, shared_times: bool) -> dict[str, Any]:
-    """The constexpr arguments that the kernels take from the network."""
+class Shape(NamedTuple):
+    """All of a network, a launch's tiles and arithmetic that is fixed when a kernel is compiled."""
+
+    D: int
+    DP: int
+    F: int
+    FP: int
+    T: int
+    TP: int
+    H: tuple[int, ...]  # width of each hidden layer
+    HP: tuple[int, ...]
+    KP: tuple[int, ...]  # padded rows of its weights
+    OFF: tuple[int, ...]  # padded widths before it
+    OFF_Y: tuple[int, ...]  # the same in the workspace of outputs that nobody keeps
+    OFF_W: tuple[int, ...]  # padded weights before its own
+    IN: tuple[tuple[int, ...], ...]  # layers whose outputs it takes
+    FRESH: tuple[tuple[bool, ...], ...]  # walking back: whether an input has no gradient from another layer yet
+    RES: int  # layers per residual block
+    L: int
+    COND: bool
+    TABLE: bool  # all rows share their times: time's share comes from a table
+    TIME: str
+    EMBED: str
+    PREDICTION: str
+    ACT: str
+    NORM: str
+    FOLD: bool
+    ROLL: bool
+    PRECISION: str
+    ARITH: str
+    BM: int  # rows of a program
+    BN: int  # columns of a product
+    STAGES: int  # of the weights' pipeline
+
+
+def net_shape(net: plan.Network, shared_times: bool, tiles: plan.Tiles) -> Shape:
+    """The constexpr argument NET of every kernel."""
     width = max(net.padded)
-    return dict(
+    return Shape(
         D=net.state_dim,
         DP=net.state_padded,
         F=net.state_features,
@@ -235,12 +270,13 @@ def constants(net: plan.Network, shared_times: bool) -> dict[str, Any]:
         ROLL=net.roll,
         PRECISION="tf32" if net.precision == "tf32" else "ieee",
         ARITH=arith(product_dtype(net)),
+        BM=tiles.rows,
+        BN=tiles.columns,
+        STAGES=tiles.num_stages,
     )
 
 
-def tiling(tiles: plan.Tiles) -> dict[str, int | bool]:
-    """The launch arguments that every kernel takes from the plan."""
+def options(tiles: plan.Tiles) -> dict[str, Any]:
+    """The compiler's options of every launch."""
     # Triton changes its default for the contraction of a * b + c from 3.10 on.
-    return dict(
-        BM=tiles.rows, BN=tiles.columns, STAGES=tiles.num_stages, num_warps=tiles.num_warps, enable_fp_fusion=True
-    )
+    return dict(num_warps=tiles.num_warps, enable_fp_fusion=True)

@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass
 
 from . import launch
 
@@ -72,13 +72,21 @@ class Network:
 
     @property
     def width(self) -> int:
-        """The widest row that a product takes whole: of a hidden layer, the state's or time's features."""
-        return max(*self.padded, self.features_padded, self.time_padded)
+        """The widest row that a product takes whole: of a hidden layer, or the features that enter the first one, whose
+        operands are in shared memory at the same time."""
+        if self.norm == "film":
+            return max(*self.padded, self.features_padded, self.time_padded)
+        return max(*self.padded, self.features_padded + self.time_padded)
 
     @property
     def chain(self) -> bool:
         """Whether every layer takes the one before it and nothing else."""
         return all(into == ((i - 1,) if i else ()) for i, into in enumerate(self.inputs))
+
+    @property
+    def kind(self) -> str:
+        """The plan's kind: fold, norm or film."""
+        return "fold" if self.fold else "film" if self.norm == "film" else "norm"
 
     @property
     def fold(self) -> bool:
@@ -153,56 +161,120 @@ class Tiles:
 # The arch number of AMD's CDNA 3, beside NVIDIA's major * 10 + minor.
 GFX942 = 942
 # Shared memory one program may ask for, in bytes.
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376, GFX942: 65_536}
+KINDS = {
+    "fold": "one layer behind the other, LayerNorm behind the activation or none",
+    "norm": "residual blocks, LayerNorm before the activation, layers with two inputs",
+    "film": "U-Net with FiLM",
+}
+KERNELS = ("integrate_fwd", "matching_fwd", "backward")
+# Padded widths up to which an entry serves.
+WIDTHS = (128, 256, 512, MAX_WIDTH)
 
 
-def _tiles(*entries: tuple[int, int, int, int]) -> tuple[Tiles, ...]:
-    return tuple(Tiles(*entry) for entry in entries)
+def _entries(*widths: str) -> dict[int, tuple[Tiles, ...]]:
+    """Per width of WIDTHS, "rows x columns x warps x stages" of every entry, most rows first."""
+    return {
+        width: tuple(Tiles(*map(int, entry.split("x"))) for entry in text.split())
+        for width, text in zip(WIDTHS, widths, strict=True)
+    }
 
 
-# Bytes of stack per thread that an entry may take, by precision. Up to Hopper the first entry for the published network
-# takes none; with others the assembler rounds registers down to fit one more program and spills a few. Products in full
-# float32 have no tensor cores and live in registers: exactness is their purpose.
-SPILL_BYTES = {"bf16": 32, "tf32": 40, "fp32": 512}
-
-# arch -> (bytes per element of the products, padded width at most) -> (rows, columns, warps, stages), most rows first.
-# Chosen by ahead-of-time compilation with triton 3.6.0 and 3.9.0: the largest tiles within both bounds.
+# Rows x columns x warps x stages of every entry, most rows first, for each of WIDTHS. Products of Hopper and Blackwell
+# with 64 rows read both operands from shared memory; elsewhere three stages are what it takes to load the next tile of
+# weights during the product with this one.
 _LARGE = {
-    (2, 64): _tiles((64, 64, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
-    (2, 256): _tiles((64, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
-    (2, 512): _tiles((64, 64, 8, 2), (32, 32, 4, 2), (16, 64, 4, 2)),
-    (2, 1024): _tiles((32, 32, 8, 2), (16, 32, 4, 2)),
-    (4, 64): _tiles((32, 32, 4, 2), (16, 32, 4, 2)),
-    (4, 256): _tiles((32, 32, 4, 2), (16, 32, 4, 2)),
-    (4, 512): _tiles((32, 32, 8, 2), (16, 32, 4, 2)),
-    (4, 1024): _tiles((16, 16, 8, 2)),
+    ("forward", 2): _entries(
+        "64x64x8x3 32x64x4x3 16x64x4x3",
+        "64x64x8x3 32x64x8x3 16x64x4x3",
+        "64x32x8x3 32x32x8x3 16x64x4x3",
+        "32x32x8x2 16x32x4x2",
+    ),
+    ("forward", 4): _entries(
+        "64x64x8x3 32x64x4x3 16x64x4x3", "64x32x8x3 32x32x8x3 16x64x4x3", "32x32x8x2 16x32x4x2", "16x16x4x2"
+    ),
+    ("backward", 2): _entries(
+        "64x64x8x3 32x64x8x3 16x64x4x3",
+        "64x32x8x3 32x32x8x3 16x64x8x3",
+        "64x32x8x3 32x32x8x3 16x64x8x3",
+        "32x32x8x2 16x32x4x2",
+    ),
+    ("backward", 4): _entries(
+        "64x32x8x3 32x64x8x3 16x64x4x3", "64x32x8x3 32x32x8x3 16x64x8x3", "32x32x8x2 16x32x4x2", "16x16x4x2"
+    ),
 }
 _SMALL = {
-    (2, 64): _tiles((64, 64, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
-    (2, 256): _tiles((32, 32, 4, 2), (16, 32, 4, 2)),
-    (2, 512): _tiles((32, 32, 8, 2), (16, 32, 8, 2)),
-    (2, 1024): _tiles((16, 16, 4, 2)),
-    (4, 64): _tiles((32, 32, 4, 2), (16, 32, 4, 2)),
-    (4, 256): _tiles((32, 32, 4, 2), (16, 32, 4, 2)),
-    (4, 512): _tiles((16, 16, 4, 2)),
+    ("forward", 2): _entries(
+        "64x64x8x3 32x64x4x3 16x64x4x3", "64x32x8x3 32x64x8x3 16x64x4x3", "32x32x8x3 16x32x4x3", "16x32x4x2"
+    ),
+    ("forward", 4): _entries("64x32x8x3 32x64x4x3 16x64x4x3", "32x32x8x2 16x32x4x3", "16x32x4x2", ""),
+    ("backward", 2): _entries(
+        "64x64x8x3 32x64x4x3 16x64x4x3", "64x32x8x3 32x64x8x3 16x64x4x3", "32x32x8x2 16x32x4x3", "16x32x4x2"
+    ),
+    ("backward", 4): _entries("64x32x8x3 32x32x8x3 16x64x4x3", "32x32x8x2 16x32x4x3", "16x16x4x3", ""),
 }
-TABLE: dict[int, dict[tuple[int, int], tuple[Tiles, ...]]] = {
-    80: _LARGE,
-    86: _SMALL,
-    90: _LARGE,
-    100: _LARGE | {(2, 256): _LARGE[2, 256][1:], (2, 512): _LARGE[2, 512][1:]},  # 64 rows spill there
-    120: _SMALL,
+_HOPPER = {
+    ("forward", 2): _entries(
+        "64x64x4x2 32x64x4x3 16x64x4x3",
+        "64x64x8x3 32x64x8x3 16x64x4x3",
+        "64x64x8x2 32x64x8x3 16x64x4x3",
+        "32x32x8x3 16x32x4x3",
+    ),
+    ("forward", 4): _entries(
+        "64x64x8x2 32x64x4x3 16x64x4x3", "64x64x8x1 32x64x8x3 16x64x4x3", "32x32x8x3 16x32x4x3", "16x32x4x2"
+    ),
+    ("backward", 2): _entries(
+        "64x64x8x2 32x64x4x3 16x64x4x3",
+        "64x64x8x2 32x64x8x3 16x64x4x3",
+        "64x64x8x2 32x64x8x3 16x64x8x3",
+        "32x32x8x3 16x32x4x3",
+    ),
+    ("backward", 4): _entries(
+        "64x64x8x2 32x64x4x3 16x64x4x3", "32x64x8x3 16x64x8x3", "32x32x8x3 16x32x4x3", "16x32x4x2"
+    ),
+}
+_BLACKWELL = _HOPPER | {
+    ("backward", 2): _entries(
+        "64x64x8x2 32x64x4x3 16x64x4x3", "64x64x8x2 32x64x8x3 16x64x4x3", "32x64x8x3 16x64x8x3", "32x32x8x3 16x32x4x3"
+    ),
+}
+_CDNA3 = {
+    ("forward", 2): _entries(
+        "64x64x4x1 16x64x4x2", "64x64x4x1 16x64x4x2", "64x64x4x1 16x64x4x1", "32x32x4x1 16x32x4x1"
+    ),
+    ("forward", 4): _entries("64x64x4x1 16x64x4x1", "64x64x4x1 16x64x4x1", "32x32x4x1 16x32x4x1", "16x16x4x1"),
+    ("backward", 2): _entries("64x64x4x1 16x64x4x2", "64x64x4x1 16x64x4x1", "64x64x4x1 16x64x4x1", "16x32x4x1"),
+    ("backward", 4): _entries("64x64x4x1 16x64x4x1", "32x32x4x1 16x64x4x1", "16x32x4x1", "16x16x4x1"),
+}
+TABLE: dict[tuple[int, str, str, int], dict[int, tuple[Tiles, ...]]] = {
+    (arch, kind, way, size): entries
+    for arch, kinds in {
+        80: {"fold": _LARGE, "norm": _LARGE, "film": _LARGE},
+        86: {"fold": _SMALL, "norm": _SMALL, "film": _SMALL},
+        90: {"fold": _HOPPER, "norm": _HOPPER, "film": _HOPPER},
+        100: {"fold": _BLACKWELL, "norm": _BLACKWELL, "film": _BLACKWELL},
+        120: {"fold": _SMALL, "norm": _SMALL, "film": _SMALL},
+        GFX942: {"fold": _CDNA3, "norm": _CDNA3, "film": _CDNA3},
+    }.items()
+    for kind, ways in kinds.items()
+    for (way, size), entries in ways.items()
 }
 
 
 def candidates(kernel: str, arch: int, net: Network) -> tuple[Tiles, ...]:
     """The plan's entries for one kernel, arch and network, most rows first; none where nothing fits."""
-    size, width = net.element_size, net.width
-    for (bytes_per_element, widest), entries in TABLE[family(arch)].items():
-        if bytes_per_element == size and width <= widest:
-            # A narrow network has no wider tile than itself.
-            return tuple(replace(t, columns=min(t.columns, max(net.padded))) for t in entries)
-    return ()
+    way = "backward" if kernel == "backward" else "forward"
+    by_width = TABLE.get((family(arch), net.kind, way, net.element_size), {})
+    entries = next((entries for width, entries in by_width.items() if net.width <= width), ())
+    if arch // 10 == 9 and min(net.padded) < 64:
+        # Some versions of triton read beyond narrow operands of Hopper's products with 64 rows (issue 11366).
+        entries = tuple(t for t in entries if t.rows < 64)
+    return entries
+
+
+def spill_bytes(kernel: str, arch: int, net: Network) -> int:
+    """Bytes of stack per thread that an entry may take."""
+    return 512
 
 
 def choose(kernel: str, arch: int, sms: int, net: Network, rows: int | None) -> Tiles:
@@ -256,7 +328,9 @@ def power_of_2(n: int) -> int:
 
 
 def family(arch: int) -> int:
-    """The arch whose table entries serve `arch` (compute capability as major * 10 + minor)."""
+    """The arch whose table entries serve `arch` (compute capability as major * 10 + minor, or GFX942)."""
+    if arch == GFX942:
+        return GFX942
     if arch >= 120:
         return 120
     if arch >= 90:
@@ -265,7 +339,12 @@ def family(arch: int) -> int:
 
 
 def why_unsupported(net: Network, device_index: int | None) -> str | None:
-    """What keeps the kernels from covering a network on a CUDA device (None: under the interpreter), or None."""
+    """What keeps the kernels from covering a network on a GPU (None: under the interpreter), or None."""
+    return why_unsupported_on(net, None if device_index is None else launch.target(device_index)[0])
+
+
+def why_unsupported_on(net: Network, arch: int | None) -> str | None:
+    """The same for an arch; None: for every one."""
     if max(net.hidden) > MAX_WIDTH:
         return f"a hidden width of {max(net.hidden)} (at most {MAX_WIDTH})"
     if net.layers > (MAX_LAYERS if net.roll else MAX_UNROLLED_LAYERS):
@@ -276,26 +355,56 @@ def why_unsupported(net: Network, device_index: int | None) -> str | None:
     for name, features in (("state", net.state_features), ("time", net.time_features)):
         if features > MAX_FEATURES:
             return f"{features} {name} features (at most {MAX_FEATURES})"
-    if device_index is not None:
-        arch, _ = launch.target(device_index)
-        if arch < 80:
-            return f"compute capability {arch / 10} (8.0 and up have one)"
-        if not candidates("integrate_fwd", arch, net):
-            return (
-                f"a hidden width of {max(net.hidden)} with {net.precision} products in the shared memory of sm_{arch}"
-            )
+    if arch is None:
+        return None
+    if arch < 80:
+        return _why_not_arch(arch)
+    if not all(candidates(kernel, arch, net) for kernel in KERNELS):
+        memory = f"the {SHARED_MEMORY[family(arch)]:,} bytes of shared memory of {name_of(arch)}"
+        return f"{net.precision} products {net.width} wide in {memory} (no tile fits)"
     return None
 
 
+def _why_not_arch(arch: int) -> str:
+    if arch:
+        return f"compute capability {arch // 10}.{arch % 10} (8.0 and up have one)"
+    return f"an AMD GPU other than {name_of(GFX942)}"
+
+
 def describe(arch: int | None) -> str:
-    """The plan for an arch (compute capability as major * 10 + minor) as text, one line per precision and width."""
+    """The plan for an arch (compute capability as major * 10 + minor, or GFX942) as text: what runs there with which
+    tiles, what falls back there and what everywhere."""
     if arch is None:
-        return "no CUDA device: CPU tensors run on the PyTorch reference"
+        return "no GPU: CPU tensors run on the PyTorch reference"
     if arch < 80:
-        return f"sm_{arch}: no kernels (compute capability 8.0 and up have them)"
+        return f"no fused kernel for {_why_not_arch(arch)}: the PyTorch reference runs"
     chosen = family(arch)
-    lines = [f"sm_{arch} (entries of sm_{chosen}, {SHARED_MEMORY[chosen]:,} bytes of shared memory per program)"]
-    for (size, width), entries in TABLE[chosen].items():
-        tiles = ", ".join(f"{t.rows}x{t.columns} warps {t.num_warps} stages {t.num_stages}" for t in entries)
-        lines.append(f"  {'bf16' if size == 2 else 'tf32, fp32'} products, width to {width}: {tiles}")
+    lines = [
+        f"{name_of(arch)}: tiles of {name_of(chosen)}, {SHARED_MEMORY[chosen]:,} bytes of shared memory per program",
+        "  rows x columns x warps x stages of every entry, forward | backward, for products up to so wide",
+    ]
+    missing: dict[str, list[str]] = {}
+    for kind, what in KINDS.items():
+        lines.append(f"  {what}")
+        for (size, name), width in itertools.product(((2, "bf16"), (4, "tf32, fp32")), WIDTHS):
+            ways = [TABLE[chosen, kind, way, size][width] for way in ("forward", "backward")]
+            if all(ways):
+                text = " | ".join(" ".join("x".join(map(str, astuple(t))) for t in entries) for entries in ways)
+                lines.append(f"    {name:10s} {width:4d}  {text}")
+            else:
+                below = max((w for w in WIDTHS if w < width), default=0)
+                missing.setdefault(f"{name} products wider than {below}", []).append(kind)
+    general = [
+        f"hidden layers wider than {MAX_WIDTH}; more than {MAX_LAYERS} of them, or {MAX_UNROLLED_LAYERS} of unequal "
+        "width or with two inputs",
+        f"states of more than {MAX_STATE_DIM} dimensions, more than {MAX_FEATURES} state or time features",
+        "float64 and float16 parameters",
+        "second derivatives and forward-mode derivatives, gradients with respect to times and seeds",
+    ]
+    here = [
+        text + (f" ({', '.join(kinds)})" if len(kinds) < len(KINDS) else "") + ": no tile fits the shared memory"
+        for text, kinds in missing.items()
+    ]
+    lines += ["  falls back to the PyTorch reference here:", *(f"    {text}" for text in here or ["nothing"])]
+    lines += ["  falls back everywhere:", *(f"    {text}" for text in general)]
     return "\n".join(lines)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# ARITH, a constexpr of every kernel, says how float32 numbers are computed with and stored as bfloat16:
+# NET, a constexpr of every kernel, is a `pack.Shape` (or a `launch.Arithmetic` where only products and casts matter).
+# Its ARITH says how float32 numbers are computed with and stored as bfloat16:
 #   "fast"     hardware tanh, casts and products as they are: bfloat16 products on NVIDIA GPUs
 #   "exact"    the same without inline assembly: float32 and tf32 products, other GPUs
 #   "emulate"  bfloat16 in the interpreter, which truncates and cannot multiply it: rounds by hand, multiplies in
@@ -13,9 +14,9 @@ import triton.language as tl
 
 
 @triton.jit
-def cast(b_x, DTYPE: tl.constexpr, ARITH: tl.constexpr):
+def cast(b_x, DTYPE: tl.constexpr, NET: tl.constexpr):
     """float32 as DTYPE, rounded to nearest even."""
-    if ARITH == "emulate":
+    if NET.ARITH == "emulate":
         bits = b_x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         b_x = bits.to(tl.float32, bitcast=True)
@@ -23,111 +24,113 @@ def cast(b_x, DTYPE: tl.constexpr, ARITH: tl.constexpr):
 
 
 @triton.jit
-def product(b_x, b_w, PRECISION: tl.constexpr, ARITH: tl.constexpr):
+def product(b_x, b_w, NET: tl.constexpr):
     """b_x @ b_w in float32."""
-    if ARITH == "emulate":
+    if NET.ARITH == "emulate":
         return tl.dot(b_x.to(tl.float32), b_w.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(b_x, b_w, input_precision=PRECISION)
+        return tl.dot(b_x, b_w, input_precision=NET.PRECISION)
 
 
 @triton.jit
-def tanh(x, ARITH: tl.constexpr):
+def tanh(x, NET: tl.constexpr):
     """tanh(x); "fast" is the hardware's (relative error 5e-4, below bfloat16 rounding)."""
-    if ARITH == "fast":
+    if NET.ARITH == "fast":
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return 2.0 / (1.0 + tl.exp(tl.minimum(-2.0 * x, 80.0))) - 1.0
 
 
 @triton.jit
-def sigmoid(x, ARITH: tl.constexpr):
+def sigmoid(x, NET: tl.constexpr):
     """1 / (1 + exp(-x))."""
-    if ARITH == "fast":
-        return 0.5 + 0.5 * tanh(0.5 * x, ARITH)
+    if NET.ARITH == "fast":
+        return 0.5 + 0.5 * tanh(0.5 * x, NET)
     else:
         return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
 
 
 @triton.jit
-def activate(x, ACT: tl.constexpr, ARITH: tl.constexpr):
+def activate(x, NET: tl.constexpr):
     """The activation, float32; every one maps 0 to 0, so padded columns stay 0.
 
     Constants are literals: the interpreter turns a global constexpr times a tensor into something that is neither.
     """
-    if ACT == "gelu_tanh":
+    if NET.ACT == "gelu_tanh":
         # x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) is the cheap exact form.
-        return x * sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), ARITH)
-    elif ACT == "gelu":
+        return x * sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), NET)
+    elif NET.ACT == "gelu":
         return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
-    elif ACT == "silu":
-        return x * sigmoid(x, ARITH)
-    elif ACT == "elu":
+    elif NET.ACT == "silu":
+        return x * sigmoid(x, NET)
+    elif NET.ACT == "elu":
         return tl.where(x > 0.0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
-    elif ACT == "mish":
+    elif NET.ACT == "mish":
         # tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2).
         e = tl.exp(tl.minimum(x, 20.0))
         n = e * (e + 2.0)
         return x * (n / (n + 2.0))
-    elif ACT == "tanh":
-        return tanh(x, ARITH)
+    elif NET.ACT == "tanh":
+        return tanh(x, NET)
     else:
         return tl.maximum(x, 0.0)
 
 
 @triton.jit
-def activate_grad(x, ACT: tl.constexpr, ARITH: tl.constexpr):
+def activate_grad(x, NET: tl.constexpr):
     """The activation and its derivative, float32."""
-    if ACT == "gelu_tanh":
-        s = sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), ARITH)
+    if NET.ACT == "gelu_tanh":
+        s = sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), NET)
         return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * x * x)
-    elif ACT == "gelu":
+    elif NET.ACT == "gelu":
         s = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         return x * s, s + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
-    elif ACT == "silu":
-        s = sigmoid(x, ARITH)
+    elif NET.ACT == "silu":
+        s = sigmoid(x, NET)
         return x * s, s + x * s * (1.0 - s)
-    elif ACT == "elu":
+    elif NET.ACT == "elu":
         e = tl.exp(tl.minimum(x, 0.0))
         return tl.where(x > 0.0, x, e - 1.0), tl.where(x > 0.0, 1.0, e)
-    elif ACT == "mish":
+    elif NET.ACT == "mish":
         e = tl.exp(tl.minimum(x, 20.0))
         n = e * (e + 2.0)
         s = n / (n + 2.0)
         return x * s, s + x * (4.0 * e * (e + 1.0) / ((n + 2.0) * (n + 2.0)))
-    elif ACT == "tanh":
-        s = tanh(x, ARITH)
+    elif NET.ACT == "tanh":
+        s = tanh(x, NET)
         return s, 1.0 - s * s
     else:
         return tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
 
 
 @triton.jit
-def embed_state(b_x, o_f, low, high, std, EMBED: tl.constexpr, F: tl.constexpr):
+def embed_state(b_x, o_f, low, high, std, NET: tl.constexpr):
     """State features [BM, FP] of b_x [BM, 1] or [BM, FP]; columns from F on are zero.
 
     hl_gauss is evaluated from two erfs per interval in float32; x is clamped to three standard deviations outside the
     range.
     """
+    F: tl.constexpr = NET.F
     m_f = o_f[None, :] < F
-    if EMBED == "hl_gauss":
+    if NET.EMBED == "hl_gauss":
         width = (high - low) / F
         inv = 0.7071067811865476 / std
         z = tl.minimum(tl.maximum(b_x, low - 3.0 * std), high + 3.0 * std)
         left = low + width * o_f[None, :].to(tl.float32)
         mass = tl.erf((left + width - z) * inv) - tl.erf((left - z) * inv)
         return tl.where(m_f, mass / (tl.erf((high - z) * inv) - tl.erf((low - z) * inv)), 0.0)
-    elif EMBED == "scaled":
+    elif NET.EMBED == "scaled":
         return tl.where(m_f, (b_x - low) / (high - low), 0.0)
     else:
         return tl.where(m_f, b_x, 0.0)
 
 
 @triton.jit
-def embed_state_grad(b_df, b_x, o_f, low, high, std, EMBED: tl.constexpr, F: tl.constexpr, D: tl.constexpr):
+def embed_state_grad(b_df, b_x, o_f, low, high, std, NET: tl.constexpr):
     """Gradient of the state, [BM, 1] or [BM, FP], from that of its features b_df [BM, FP]."""
+    F: tl.constexpr = NET.F
     m_f = o_f[None, :] < F
-    if EMBED == "hl_gauss":
+    if NET.EMBED == "hl_gauss":
         width = (high - low) / F
         inv = 0.7071067811865476 / std
         z = tl.minimum(tl.maximum(b_x, low - 3.0 * std), high + 3.0 * std)
@@ -145,9 +148,9 @@ def embed_state_grad(b_df, b_x, o_f, low, high, std, EMBED: tl.constexpr, F: tl.
         return tl.where((b_x >= low - 3.0 * std) & (b_x <= high + 3.0 * std), b_dx, 0.0)
     else:
         b_dx = tl.where(m_f, b_df, 0.0)
-        if EMBED == "scaled":
+        if NET.EMBED == "scaled":
             b_dx = b_dx / (high - low)
-        if D == 1:
+        if NET.D == 1:
             return tl.sum(b_dx, 1)[:, None]
         else:
             return b_dx
@@ -186,14 +189,15 @@ def sine_series(x):
 
 
 @triton.jit
-def embed_time(b_t, o_t, EMBED: tl.constexpr, T: tl.constexpr):
+def embed_time(b_t, o_t, NET: tl.constexpr):
     """Time features [BM, TP] of b_t [BM, 1]; columns from T on are zero."""
+    T: tl.constexpr = NET.T
     m_t = o_t[None, :] < T
-    if EMBED == "raw":
+    if NET.TIME == "raw":
         return tl.where(m_t, b_t, 0.0)
-    elif EMBED == "cosine":
+    elif NET.TIME == "cosine":
         return tl.where(m_t, cosine_of_turns(0.15915494309189535 * b_t), 0.0)
-    elif EMBED == "power_fourier":
+    elif NET.TIME == "power_fourier":
         half: tl.constexpr = T // 2
         k = tl.where(o_t < half, o_t, o_t - half)
         angle = b_t * tl.exp2(k.to(tl.float32))[None, :]
@@ -212,26 +216,26 @@ def row_scale(s1, s2, H: tl.constexpr, eps):
 
 
 @triton.jit
-def read_velocity(b_out, b_x, b_t, output_scale, PREDICTION: tl.constexpr):
+def read_velocity(b_out, b_x, b_t, output_scale, NET: tl.constexpr):
     """The velocity at b_x, where the head's output predicts it, the end point or the noise.
 
     Denominators are at least 1e-3, as in the reference.
     """
-    if PREDICTION == "endpoint":
+    if NET.PREDICTION == "endpoint":
         return (output_scale * b_out - b_x) / tl.maximum(1.0 - b_t, 1e-3)
-    elif PREDICTION == "noise":
+    elif NET.PREDICTION == "noise":
         return (b_x - output_scale * b_out) / tl.maximum(b_t, 1e-3)
     else:
         return output_scale * b_out
 
 
 @triton.jit
-def read_velocity_grad(b_dv, b_t, output_scale, PREDICTION: tl.constexpr):
+def read_velocity_grad(b_dv, b_t, output_scale, NET: tl.constexpr):
     """Gradients of b_out and b_x."""
-    if PREDICTION == "endpoint":
+    if NET.PREDICTION == "endpoint":
         b_dv = b_dv / tl.maximum(1.0 - b_t, 1e-3)
         return output_scale * b_dv, -b_dv
-    elif PREDICTION == "noise":
+    elif NET.PREDICTION == "noise":
         b_dv = b_dv / tl.maximum(b_t, 1e-3)
         return -output_scale * b_dv, b_dv
     else:
