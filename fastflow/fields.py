@@ -12,7 +12,7 @@ import functools
 import math
 import numbers
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -318,6 +318,10 @@ class FieldSpec:
     architecture: Architecture = MLP()
     output_scale: float = 1.0
     prediction: str = "velocity"
+    # The hidden layers and how they are wired; how many pairs of tensors each of `Parts` holds. Asked for at every
+    # evaluation of the reference, hence computed once.
+    trunk: tuple[Hidden, ...] = field(init=False, repr=False, compare=False)
+    _counts: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
@@ -358,8 +362,11 @@ class FieldSpec:
             raise ValueError("FieldSpec: norm_first says where the norm stands; norm must be 'layer', got None")
         if self.film and self.norm is not None:
             raise ValueError(f"FieldSpec: FiLMUNet brings its own LayerNorm; norm must be None, got {self.norm!r}")
-        self.architecture.trunk(self.hidden)  # refuses widths that make no network
+        object.__setattr__(self, "trunk", self.architecture.trunk(self.hidden))  # refuses widths that make no network
         self.state_embedding.width(self.state_dim)  # refuses what it cannot embed
+        norms = len(self.trunk) if self.norm else 0
+        sizes = (self.layer_sizes, range(norms), self.time_sizes, self.encoder_sizes, self.film_sizes)
+        object.__setattr__(self, "_counts", tuple(map(len, sizes)))
 
     @property
     def film(self) -> bool:
@@ -372,11 +379,6 @@ class FieldSpec:
         if self.film:
             return "film"
         return None if self.norm is None else "before" if self.norm_first else "after"
-
-    @property
-    def trunk(self) -> tuple[Hidden, ...]:
-        """The hidden layers and how they are wired."""
-        return self.architecture.trunk(self.hidden)
 
     @property
     def state_features(self) -> int:
@@ -420,21 +422,13 @@ class FieldSpec:
     @property
     def num_parameters(self) -> int:
         """Number of tensors that `VelocityField.parameter_list` gives."""
-        norms = len(self.trunk) if self.norm else 0
-        return 2 * sum(map(len, (self.layer_sizes, range(norms), self.time_sizes, self.encoder_sizes, self.film_sizes)))
+        return 2 * sum(self._counts)
 
     def parts(self, parameters: Sequence[Tensor]) -> Parts:
         """A field's parameter list by what each tensor does."""
         pairs = list(zip(parameters[::2], parameters[1::2], strict=True))
-        norms = len(self.trunk) if self.norm else 0
         out = []
-        for count in (
-            len(self.layer_sizes),
-            norms,
-            len(self.time_sizes),
-            len(self.encoder_sizes),
-            len(self.film_sizes),
-        ):
+        for count in self._counts:
             out.append(pairs[:count])
             pairs = pairs[count:]
         return Parts(*out)
@@ -458,6 +452,8 @@ def _plain(described: Any) -> tuple[Any, ...]:
     """
     values = []
     for f in fields(described):
+        if not f.init:
+            continue
         value = getattr(described, f.name)
         if f.type in _NUMBERS:
             value = _NUMBERS[f.type](value)
@@ -469,7 +465,7 @@ def _plain(described: Any) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _spec_from_key(key: str) -> FieldSpec:
-    values = dict(zip([f.name for f in fields(FieldSpec)], ast.literal_eval(key), strict=True))
+    values = dict(zip([f.name for f in fields(FieldSpec) if f.init], ast.literal_eval(key), strict=True))
     for name in ("state_embedding", "time_embedding", "architecture"):
         kind, *arguments = values[name]
         values[name] = _CLASSES[kind](*arguments)

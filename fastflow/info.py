@@ -83,27 +83,32 @@ def describe() -> str:
     if not torch.cuda.is_available():
         why = "torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
         return "\n".join([*lines, f"{'gpu':<12} none ({why})", "", _plan(None)])
-    lines.append(f"{'cuda':<12} {torch.version.cuda} (torch), driver {_driver_version()}")
+    if torch.version.hip:
+        lines.append(f"{'rocm':<12} {torch.version.hip} (torch)")
+    else:
+        lines.append(f"{'cuda':<12} {torch.version.cuda} (torch), driver {_driver_version()}")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         optin = getattr(gpu, "shared_memory_per_block_optin", None)
+        kind = gpu.gcnArchName if torch.version.hip else f"compute capability {gpu.major}.{gpu.minor}"
         lines += [
-            f"{f'gpu {index}':<12} {gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
+            f"{f'gpu {index}':<12} {gpu.name}, {kind}, "
             f"{gpu.total_memory / 2**30:.1f} GiB, {gpu.multi_processor_count} multiprocessors, "
             f"{optin if optin is not None else 'unknown'} bytes of shared memory per block (opt-in)",
             "",
-            _plan(10 * gpu.major + gpu.minor),
+            _plan(index),
             "",
         ]
     return "\n".join(lines).rstrip()
 
 
-def _plan(arch: int | None) -> str:
+def _plan(index: int | None) -> str:
+    """Of a GPU by its index; None: where there is none."""
     if importlib.util.find_spec("triton") is None:
         return "kernels      not available here: triton is not installed; the PyTorch reference works without it"
-    from fastflow.kernels import plan
+    from fastflow.kernels import launch, plan
 
-    return plan.describe(arch)
+    return plan.describe(None if index is None else launch.target(index)[0])
 
 
 def _cpu_name() -> str:

@@ -141,10 +141,6 @@ def dense_stack(
     Returns:
         [..., out] in x's dtype.
     """
-    if parameters[0].dim() == 3 and not x.is_cuda:
-        # Member by member: see `velocity`.
-        members = zip(x, *parameters, strict=True)
-        return torch.stack([dense_stack(row, ps, activation, norm, eps, precision) for row, *ps in members])
     n = num_layers(parameters, norm)
     pairs = list(zip(parameters[::2], parameters[1::2], strict=True))
     wiring = [((i - 1,) if i else (), None) for i in range(n - 1)]
@@ -164,6 +160,14 @@ def trunk(
     precision: str | None = None,
 ) -> Tensor:
     """Hidden layers wired as (inputs, add) of `fields.Hidden`, then the head; films [..., 2 H] hold scale and shift."""
+    if layers[0][0].dim() == 3 and not x.is_cuda and not films:
+        # Member by member: the CPU's batched product runs at a fraction of the plain one's rate, and one member's
+        # LayerNorm is one operation with its scale and shift.
+        rows = []
+        for e, row in enumerate(x):
+            own, own_norms = ([(w[e], b[e]) for w, b in pairs] for pairs in (layers, norms))
+            rows.append(trunk(row, wiring, own, own_norms, films, activation, norm_position, eps, precision))
+        return torch.stack(rows)
     outputs: list[Tensor] = []
     for i, (inputs, add) in enumerate(wiring):
         y = x
@@ -231,9 +235,8 @@ def velocity(
     if parameters[0].dim() == 3 and x_t.shape[0] != parameters[0].shape[0]:
         raise ValueError(f"velocity: x_t must be [{parameters[0].shape[0]}, ..., D], got {list(x_t.shape)}")
     t = t.to(x_t.dtype)
-    if parameters[0].dim() == 3 and (spec.film or not x_t.is_cuda):
-        # Member by member: the CPU's batched product runs at a fraction of the plain one's rate, and one member's
-        # LayerNorm is one operation with its scale and shift.
+    if parameters[0].dim() == 3 and spec.film:
+        # Member by member: cond and time are encoded once for all rows, by weights that every member has of its own.
         dims = x_t.dim() - 1
         return torch.stack(
             [
