@@ -511,7 +511,10 @@ def _serve(jobs: int) -> None:
     context = multiprocessing.get_context("fork")
     with context.Pool(jobs) if jobs > 1 else contextlib.nullcontext() as pool:
         for i, found, seconds in (pool.imap_unordered if pool else map)(_compile, work):  # type: ignore[operator]
-            print(json.dumps([i, triton.__version__, found, seconds]), file=out, flush=True)
+            try:
+                print(json.dumps([i, triton.__version__, found, seconds]), file=out, flush=True)
+            except BrokenPipeError:  # nobody reads on
+                return
 
 
 def _compile(numbered: tuple[int, Work]) -> tuple[int, dict[str, Any] | str, float]:
@@ -534,7 +537,7 @@ def fits(work: Work, found: Resources) -> str | None:
     net, bound = FIELDS[work.field], plan.SHARED_MEMORY[work.arch]
     if found.shared > bound:
         return f"{found.shared} bytes of shared memory, {bound} there"
-    allowed = plan.spill_bytes(work.kernel.partition("-")[0], work.arch, net)
+    allowed = plan.spill_bytes(work.kernel.partition("-")[0], net)
     if found.stack > allowed:
         return f"{found.stack} bytes of stack, {allowed} allowed"
     if net.precision != "fp32" and not found.matrix_instructions:

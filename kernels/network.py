@@ -84,7 +84,9 @@ def network_fwd(
         if NET.NORM != "film":
             if not NET.TABLE:
                 b_wt = tl.load(w_time_ptr + (i_e * TP + o_t)[:, None] * HP + o_n[None, :])
-                b_acc += product(b_t, b_wt, NET)
+                # Subtracted: triton makes a sum of two products one chain in one accumulator, which some versions of it
+                # get wrong.
+                b_acc -= product(b_t, b_wt, NET) * -1.0
             if NET.COND:
                 b_acc += tl.load(p_c + o_c[:, None].to(tl.int64) * HP + o_n[None, :]).to(tl.float32)
         s1, s2 = epilogue(b_acc, o_b[:, None] * HP + o_n[None, :], p_pre, p_y, p_y, 0, s1, s2, NET, 0, SAVE)

@@ -211,7 +211,7 @@ _SMALL = {
     ("backward", 2): _entries(
         "64x64x8x3 32x64x4x3 16x64x4x3", "64x32x8x3 32x64x8x3 16x64x4x3", "32x32x8x2 16x32x4x3", "16x32x4x2"
     ),
-    ("backward", 4): _entries("64x32x8x3 32x32x8x3 16x64x4x3", "32x32x8x2 16x32x4x3", "16x16x4x3", ""),
+    ("backward", 4): _entries("64x32x8x3 32x32x8x3 16x64x4x3", "32x32x8x2 16x32x4x3", "16x16x4x2", ""),
 }
 _HOPPER = {
     ("forward", 2): _entries(
@@ -234,6 +234,12 @@ _HOPPER = {
     ),
 }
 _BLACKWELL = _HOPPER | {
+    ("forward", 2): _entries(
+        "64x64x4x2 32x64x4x3 16x64x4x3",
+        "64x64x8x1 32x64x8x3 16x64x4x3",
+        "64x64x8x1 32x64x8x3 16x64x4x3",
+        "32x32x8x3 16x32x4x3",
+    ),
     ("backward", 2): _entries(
         "64x64x8x2 32x64x4x3 16x64x4x3", "64x64x8x2 32x64x8x3 16x64x4x3", "32x64x8x3 16x64x8x3", "32x32x8x3 16x32x4x3"
     ),
@@ -243,21 +249,62 @@ _CDNA3 = {
         "64x64x4x1 16x64x4x2", "64x64x4x1 16x64x4x2", "64x64x4x1 16x64x4x1", "32x32x4x1 16x32x4x1"
     ),
     ("forward", 4): _entries("64x64x4x1 16x64x4x1", "64x64x4x1 16x64x4x1", "32x32x4x1 16x32x4x1", "16x16x4x1"),
-    ("backward", 2): _entries("64x64x4x1 16x64x4x2", "64x64x4x1 16x64x4x1", "64x64x4x1 16x64x4x1", "16x32x4x1"),
+    ("backward", 2): _entries("64x64x4x1 16x64x4x2", "64x32x4x1 16x64x4x1", "64x32x4x1 16x64x4x1", "16x32x4x1"),
     ("backward", 4): _entries("64x64x4x1 16x64x4x1", "32x32x4x1 16x64x4x1", "16x32x4x1", "16x16x4x1"),
 }
+# FiLM multiplies two more times in every tile where rows have times of their own: narrower tiles.
+_LARGE_FILM = {
+    ("forward", 2): _entries(
+        "64x32x8x3 16x32x8x3", "64x32x8x3 16x32x8x3", "64x32x8x3 16x32x8x3", "32x16x4x3 16x16x4x3"
+    ),
+    ("forward", 4): _entries("64x32x8x3 16x32x8x3", "64x32x8x3 16x32x8x3", "32x16x4x3 16x16x4x3", "16x16x4x2"),
+    ("backward", 2): _entries(
+        "64x32x8x3 16x16x4x3", "64x32x8x3 16x16x4x3", "64x32x8x3 32x16x4x3 16x16x4x3", "32x16x4x3 16x16x4x3"
+    ),
+    ("backward", 4): _entries("64x32x8x3 16x16x4x3", "64x32x8x3 16x16x4x3", "32x16x4x3 16x16x4x3", "16x16x4x2"),
+}
+_SMALL_FILM = {
+    (way, size): _entries(
+        *(("64x32x8x3 16x16x4x3", "64x32x8x3 16x16x4x3", "32x16x4x3 16x16x4x3", "16x16x4x2") if size == 2 else
+          ("32x16x4x3 16x16x4x3", "32x16x4x3 16x16x4x3", "16x16x4x2", ""))
+    )
+    for way in ("forward", "backward")
+    for size in (2, 4)
+}  # fmt: skip
+_HOPPER_FILM = {
+    ("forward", 2): _entries(
+        *("64x64x8x1 32x32x4x3 16x32x8x3",) * 3,
+        "32x32x4x3 16x32x8x3",
+    ),
+    ("forward", 4): _entries(
+        *("64x64x8x1 32x32x4x3 16x32x8x3",) * 2,
+        "32x32x4x3 16x32x8x3",
+        "16x32x4x2",
+    ),
+    ("backward", 2): _entries(*("32x32x8x3 16x32x8x3",) * 4),
+    ("backward", 4): _entries(*("32x32x8x3 16x32x8x3",) * 3, "16x32x4x2"),
+}
+_CDNA3_FILM = {
+    (way, size): _entries(
+        *(("64x32x4x1 32x32x4x1 16x64x4x1",) * 3 + ("16x32x4x1",) if size == 2 else
+          ("64x32x4x1 32x32x4x1 16x64x4x1",) * 2 + ("16x32x4x1", "16x16x4x1"))
+    )
+    for way in ("forward", "backward")
+    for size in (2, 4)
+}  # fmt: skip
+# arch, kind, way, bytes per element -> width -> entries
 TABLE: dict[tuple[int, str, str, int], dict[int, tuple[Tiles, ...]]] = {
     (arch, kind, way, size): entries
-    for arch, kinds in {
-        80: {"fold": _LARGE, "norm": _LARGE, "film": _LARGE},
-        86: {"fold": _SMALL, "norm": _SMALL, "film": _SMALL},
-        90: {"fold": _HOPPER, "norm": _HOPPER, "film": _HOPPER},
-        100: {"fold": _BLACKWELL, "norm": _BLACKWELL, "film": _BLACKWELL},
-        120: {"fold": _SMALL, "norm": _SMALL, "film": _SMALL},
-        GFX942: {"fold": _CDNA3, "norm": _CDNA3, "film": _CDNA3},
-    }.items()
-    for kind, ways in kinds.items()
-    for (way, size), entries in ways.items()
+    for arch, plain, film in (
+        (80, _LARGE, _LARGE_FILM),
+        (86, _SMALL, _SMALL_FILM),
+        (90, _HOPPER, _HOPPER_FILM),
+        (100, _BLACKWELL, _HOPPER_FILM),
+        (120, _SMALL, _SMALL_FILM),
+        (GFX942, _CDNA3, _CDNA3_FILM),
+    )
+    for kind in KINDS
+    for (way, size), entries in (film if kind == "film" else plain).items()
 }
 
 
@@ -272,9 +319,14 @@ def candidates(kernel: str, arch: int, net: Network) -> tuple[Tiles, ...]:
     return entries
 
 
-def spill_bytes(kernel: str, arch: int, net: Network) -> int:
+# Bytes of stack per thread that an entry may take, forward and backward; docs/kernels.md shows what each takes. The
+# unrolled layers of a U-Net inside the loop over steps are more than registers hold.
+SPILL_BYTES = {"fold": (128, 512), "norm": (320, 320), "film": (768, 1536)}
+
+
+def spill_bytes(kernel: str, net: Network) -> int:
     """Bytes of stack per thread that an entry may take."""
-    return 512
+    return SPILL_BYTES[net.kind][kernel == "backward"]
 
 
 def choose(kernel: str, arch: int, sms: int, net: Network, rows: int | None) -> Tiles:

@@ -59,7 +59,8 @@ def test_the_page_shows_the_record():
 def test_every_recorded_row_is_within_its_bounds():
     rows = [row for row in aot.load(RECORD) if row.tiles is not None]
     assert {row.field for row in rows} | {"2048-1536-1024"} == set(aot.FIELDS)
-    for row, version, found in ((row, *result) for row in rows for result in row.results.items()):
+    results = [(row, *result) for row in rows for result in row.results.items()]
+    for row, version, found in results:
         why = aot.fits(aot.Work(row.field, row.kernel, row.arch, row.tiles), found)
         assert why is None, f"{row.field} {row.kernel} {plan.name_of(row.arch)} {row.tiles} triton {version}: {why}"
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import platform
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
 import fastflow
+import fastflow.info
 from fastflow.errors import UserError
 from fastflow.info import describe, resolve_device, versions
+from fastflow.kernels import launch
 
 
 def test_versions_of_what_is_installed():
@@ -38,6 +41,30 @@ def test_describe_without_triton(monkeypatch):
 def test_describe_has_a_plan():
     pytest.importorskip("triton")
     assert "not available" not in describe()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0), (7, 5)])
+def test_the_plan_of_a_gpu_says_what_falls_back_there(capability, monkeypatch):
+    pytest.importorskip("triton")
+    gpu = types.SimpleNamespace(
+        **dict(name="GPU", major=capability[0], minor=capability[1], total_memory=2**34, multi_processor_count=100),
+        shared_memory_per_block_optin=101376,
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(fastflow.info, "_driver_version", lambda: "1.0")
+    launch._targets.pop(0, None)
+    try:
+        text = describe()
+    finally:
+        launch._targets.pop(0, None)
+    if capability < (8, 0):
+        assert "no fused kernel for compute capability 7.5" in text
+        return
+    for wanted in (f"sm_{capability[0]}{capability[1]}", "U-Net with FiLM", "falls back everywhere", "float64"):
+        assert wanted in text
+    assert ("products wider than 512: no tile fits" in text) == (capability in ((8, 6), (12, 0)))
 
 
 def test_device_names():
