@@ -537,7 +537,7 @@ def fits(work: Work, found: Resources) -> str | None:
     net, bound = FIELDS[work.field], plan.SHARED_MEMORY[work.arch]
     if found.shared > bound:
         return f"{found.shared} bytes of shared memory, {bound} there"
-    allowed = plan.spill_bytes(work.kernel.partition("-")[0], net)
+    allowed = plan.spill_bytes(work.kernel.partition("-")[0], work.arch, net)
     if found.stack > allowed:
         return f"{found.stack} bytes of stack, {allowed} allowed"
     if net.precision != "fp32" and not found.matrix_instructions:

@@ -202,7 +202,9 @@ SUBSET = [
 @pytest.mark.parametrize("triton", TRITONS, ids=IDS)
 @pytest.mark.parametrize("arch", aot.ARCHES, ids=plan.name_of)
 def test_resources_on_every_arch(arch, triton):
-    work = [aot.Work(field, kernel, arch, aot.entries(kernel, field, arch)[0]) for field, kernel in SUBSET]
+    # Everything on one arch of each maker's and size of shared memory, the published critic on their likes.
+    subset = SUBSET if arch in (80, 90, plan.GFX942) else SUBSET[:4]
+    work = [aot.Work(field, kernel, arch, aot.entries(kernel, field, arch)[0]) for field, kernel in subset]
     found = list(aot.compile_all(work, triton, jobs=1))
     assert len(found) == len(work)
     for row, version, taken, _ in found:
