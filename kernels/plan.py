@@ -325,7 +325,8 @@ SPILL_BYTES = {"fold": (128, 512), "norm": (320, 320), "film": (768, 1536)}
 
 
 def spill_bytes(kernel: str, arch: int, net: Network) -> int:
-    """Bytes of stack per thread that an entry may take; on gfx942 at least 512, where triton 3.9 spills more than 3.7."""
+    """Bytes of stack per thread that an entry may take."""
+    # On gfx942 triton 3.9 spills more than 3.7.
     return max(SPILL_BYTES[net.kind][kernel == "backward"], 512 if arch == GFX942 else 0)
 
 
