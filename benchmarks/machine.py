@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
 _QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
@@ -27,7 +28,7 @@ def facts(device: torch.device) -> dict[str, Any]:
             "system": platform.platform(),
             "cuda": torch.version.cuda,
             "torch": str(torch.__version__),
-            **{name: _version(name) for name in ("fastflow", "triton", "numpy", "jax")},
+            **{name: version(name) for name in ("fastflow", "triton", "numpy", "jax")},
         },
         "repository": repository(),
     }
@@ -84,11 +85,31 @@ def sources_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed version of a package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def cpu_flags() -> dict[str, bool]:
+    """Which of the instructions that decide over matrix products the CPU has, by Linux's names; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    found = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
+    return {name: name in found for name in CPU_FLAGS} if found else {}
+
+
+def compiler() -> str | None:
+    """First line of what the C++ compiler says of itself."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        answer = _run([name, "--version"]) if name else None
+        if answer:
+            return answer.splitlines()[0]
+    return None
 
 
 def _cpu_name() -> str:

@@ -71,7 +71,7 @@ def _named(problem: Problem, result: Any) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in zip(names, result, strict=True)}
 
 
-def _torch_variant(name: str, problem: Problem, function: Callable[..., Tensor], compiled: bool = False) -> Variant:
+def torch_variant(name: str, problem: Problem, function: Callable[..., Tensor], compiled: bool = False) -> Variant:
     """A variant that calls `function` as a training loop would: with all gradients that the case names, or none."""
     inputs, leaves = problem.inputs, list(problem.leaves.values())
 
@@ -96,7 +96,7 @@ def fused(problem: Problem, precision: str) -> Variant:
     def run(**inputs: Tensor) -> Tensor:
         return problem.case.run(problem.field, inputs, backend, precision)
 
-    return _torch_variant("fused", problem, run)
+    return torch_variant("fused", problem, run)
 
 
 def _plain(problem: Problem, precision: str) -> Callable[..., Tensor]:
@@ -133,18 +133,71 @@ def _plain(problem: Problem, precision: str) -> Callable[..., Tensor]:
 
 def eager(problem: Problem, precision: str) -> Variant:
     """PyTorch as it is."""
-    return _torch_variant("eager", problem, _plain(problem, precision))
+    return torch_variant("eager", problem, _plain(problem, precision))
+
+
+def eager_batched(problem: Problem, precision: str) -> Variant:
+    """PyTorch as it is, all members in one batched product (baddbmm) per layer: the usual way to write an ensemble.
+
+    Raises:
+        Skipped: a network that is no plain MLP, or no ensemble; a walk that is not by Euler to 1.
+    """
+    case, spec = problem.case, problem.case.spec
+    if spec.ensemble is None or not isinstance(spec.architecture, ff.MLP) or spec.norm_first or spec.time_sizes:
+        raise Skipped("batched products are written for ensembles of plain MLPs")
+    if (
+        case.kind == "velocity"
+        or case.pairs
+        or case.method != "euler"
+        or case.end_times
+        or spec.prediction != "velocity"
+    ):
+        raise Skipped("batched products are written for Euler walks to 1 and flow-matching losses")
+    parts = spec.parts(problem.field.parameter_list())
+
+    def velocity(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        time = spec.time_embedding.features(t)
+        state = spec.state_embedding.features(x)
+        shared = (cond.expand(*x.shape[:-1], cond.shape[-1]), state, time.expand(*x.shape[:-1], time.shape[-1]))
+        h = torch.cat(shared, -1)
+        for i, layer in enumerate(parts.layers[:-1]):
+            h = reference.activate(reference.dense(h, *layer, precision), spec.activation)
+            h = reference.layer_norm(h, *parts.norms[i], spec.norm_eps) if spec.norm else h
+        return reference.dense(h, *parts.layers[-1], precision) * spec.output_scale
+
+    def every_member(x: Tensor) -> Tensor:
+        return x.expand(spec.ensemble or 1, *x.shape)
+
+    def every_sample(x: Tensor) -> Tensor:
+        return x if case.samples is None else x.unsqueeze(-2)
+
+    def walk(x_0: Tensor, cond: Tensor) -> Tensor:
+        x, h = every_member(x_0), 1 / case.num_steps
+        for k in range(case.num_steps):
+            x = x + h * velocity(x, torch.tensor(k * h, device=x.device), every_sample(cond))
+        return x
+
+    def loss(x_0: Tensor, cond: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
+        x_t, target = reference.interpolate(x_0, x_1, t)
+        return (velocity(every_member(x_t), t, every_sample(cond)) - target).square().mean()
+
+    return torch_variant("eager baddbmm", problem, walk if case.kind == "integrate" else loss)
+
+
+def needs_compiler(device: torch.device) -> None:
+    """Raises Skipped where torch.compile lacks what it needs on a CPU."""
+    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
+        raise Skipped("torch.compile needs a C++ compiler on the CPU")
 
 
 def _compiled(name: str, mode: str, problem: Problem, precision: str) -> Variant:
     if mode != "default" and problem.device.type != "cuda":
         raise Skipped(f'mode="{mode}" is for CUDA')
-    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++", "cl"]
-    if problem.device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
-        raise Skipped("torch.compile needs a C++ compiler on the CPU")
+    needs_compiler(problem.device)
     # Every shape and K is a program of its own, with the loop unrolled: the best that torch.compile can do.
     function = torch.compile(_plain(problem, precision), fullgraph=True, dynamic=False, mode=mode)
-    return _torch_variant(name, problem, function, compiled=True)
+    return torch_variant(name, problem, function, compiled=True)
 
 
 def compiled(problem: Problem, precision: str) -> Variant:
@@ -165,8 +218,12 @@ def compiled_max_autotune(problem: Problem, precision: str) -> Variant:
 # JAX ----------------------------------------------------------------------------------------------------------------
 
 
-def _jax(device: torch.device) -> Any:
-    """The jax module, on the same kind of device as torch."""
+def jax_of(device: torch.device) -> Any:
+    """The jax module, on the same kind of device as torch.
+
+    Raises:
+        Skipped: no jax, or none that starts there.
+    """
     if importlib.util.find_spec("jax") is None:
         raise Skipped("jax is not installed")
     # JAX otherwise takes three quarters of the GPU's memory at its first call.
@@ -212,92 +269,32 @@ def _jax_variant(name: str, problem: Problem, precision: str, unrolled: bool) ->
         raise Skipped("a loss has no loop to unroll")
     if unrolled and case.num_steps > 16:
         raise Skipped("unrolled only up to K=16")
-    jax = _jax(problem.device)
+    jax = jax_of(problem.device)
     jnp = jax.numpy
-    members, samples, layers = spec.ensemble or 1, case.samples or 1, len(spec.layer_sizes)
+    members, samples = spec.ensemble or 1, case.samples or 1
 
-    def array(x: Tensor) -> Any:
-        return jnp.asarray(x.detach().cpu().numpy())
+    from benchmarks import jax_network
+    from benchmarks.jax_network import array, tensor
 
-    def product(x: Any, w: Any) -> Any:
-        if precision == "bf16":
-            x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-        # JAX's default for float32 is tf32 on GPUs that have it.
-        exact = jax.lax.Precision.HIGHEST if precision == "fp32" else None
-        return jnp.einsum("emi,eio->emo", x, w, precision=exact, preferred_element_type=jnp.float32)
-
-    def activate(x: Any) -> Any:
-        known = {"gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu, "elu": jax.nn.elu}
-        return known[spec.activation](x)
-
-    def layer_norm(x: Any, scale: Any, shift: Any) -> Any:
-        mean = x.mean(-1, keepdims=True)
-        variance = jnp.square(x - mean).mean(-1, keepdims=True)
-        return (x - mean) * jax.lax.rsqrt(variance + spec.norm_eps) * scale[:, None] + shift[:, None]
-
-    def embed_state(x: Any) -> Any:
-        state = spec.state_embedding
-        if isinstance(state, ff.Scaled):
-            return (x - state.low) / (state.high - state.low)
-        if not isinstance(state, ff.HLGauss):
-            return x
-        std = state.sigma * (state.high - state.low) / (state.bins - 1)
-        edges = jnp.linspace(state.low, state.high, state.bins)
-        z = jnp.clip(x, state.low - 3 * std, state.high + 3 * std)
-        c = jax.lax.erf((edges - z) / (2**0.5 * std))
-        return jnp.diff(c, axis=-1) / (c[..., -1:] - c[..., :1])
-
-    def embed_time(t: Any) -> Any:
-        time = spec.time_embedding
-        if isinstance(time, ff.Cosine):
-            return jnp.cos(t)[..., None]
-        if isinstance(time, ff.CosineFourier):
-            return jnp.cos(jnp.pi * t[..., None] * jnp.arange(1, time.dim + 1))
-        if isinstance(time, ff.PowerFourier):
-            angles = t[..., None] * 2.0 ** jnp.arange(time.dim // 2)
-            return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
-        return t[..., None]
-
-    def velocity(parameters: list[Any], x: Any, t: Any, cond: Any) -> Any:
-        time = embed_time(t)
-        time = jnp.broadcast_to(time, (*x.shape[:-1], time.shape[-1]))
-        h = jnp.concatenate([jnp.broadcast_to(cond, (*x.shape[:-1], cond.shape[-1])), embed_state(x), time], -1)
-        outputs = []
-        for i in range(layers):
-            h = product(h, parameters[2 * i]) + parameters[2 * i + 1][:, None]
-            if i < layers - 1:
-                h = activate(h)
-                if spec.norm:
-                    h = layer_norm(h, *parameters[2 * (layers + i) : 2 * (layers + i) + 2])
-                add = spec.trunk[i].add
-                outputs.append(h if add is None else h + outputs[add])
-                h = outputs[-1]
-        return h * spec.output_scale
+    velocity = jax_network.velocity(spec, precision)
+    # Every parameter has an E axis, of one where there is no ensemble.
+    every_member = jax.vmap(velocity, (0, 0, None, None))
 
     def every_sample(x: Any) -> Any:
         return jnp.repeat(x, samples, axis=0)
 
     def walk(parameters: list[Any], x_0: Any, cond: Any) -> Any:
-        cond = every_sample(cond)
-
-        def step(x: Any, k: Any) -> tuple[Any, None]:
-            return x + velocity(parameters, x, k / case.num_steps, cond) / case.num_steps, None
-
         x = jnp.broadcast_to(x_0, (members, *x_0.shape[-2:]))
-        if unrolled:
-            for k in range(case.num_steps):
-                x, _ = step(x, jnp.float32(k))
-            return x
-        return jax.lax.scan(step, x, jnp.arange(case.num_steps, dtype=jnp.float32))[0]
+        return jax_network.walk(every_member, parameters, x, every_sample(cond), case.num_steps, unrolled=unrolled)
 
     def loss(parameters: list[Any], x_0: Any, cond: Any, x_1: Any, t: Any) -> Any:
         x_1 = every_sample(x_1) if case.pairs else x_1
         x_t = (1 - t[..., None]) * x_0 + t[..., None] * x_1
         x_t = jnp.broadcast_to(x_t, (members, *x_t.shape[-2:]))
-        rows = jnp.square(velocity(parameters, x_t, t, every_sample(cond)) - (x_1 - x_0)).mean(-1)
+        rows = jnp.square(every_member(parameters, x_t, t, every_sample(cond)) - (x_1 - x_0)).mean(-1)
         return rows if case.pairs else rows.mean()
 
-    # Rows are one axis here: [B, S] become B S. Every parameter has an E axis.
+    # Rows are one axis here: [B, S] become B S.
     inputs = {"parameters": [array(p if spec.ensemble else p.unsqueeze(0)) for p in problem.field.parameter_list()]}
     for key, x in problem.inputs.items():
         inputs[key] = array(x).reshape(-1) if key == "t" else array(x).reshape(-1, x.shape[-1])
@@ -316,22 +313,15 @@ def _jax_variant(name: str, problem: Problem, precision: str, unrolled: bool) ->
 
     def results() -> dict[str, Tensor]:
         out, gradients = jax.block_until_ready(call())
-        named = {case.output: _from_jax(out).reshape(case.output_shape)}
+        named = {case.output: tensor(out).reshape(case.output_shape)}
         # `parameter_list` is in another order than `named_parameters`.
         at = {id(p): i for i, p in enumerate(problem.field.parameter_list())}
         for key, leaf in problem.leaves.items():
             found = gradients["cond"] if key == "cond" else gradients["parameters"][at[id(leaf)]]
-            named[key] = _from_jax(found).reshape(leaf.shape)
+            named[key] = tensor(found).reshape(leaf.shape)
         return named
 
     return Variant(name, call, results, finish=jax.block_until_ready)
-
-
-def _from_jax(x: Any) -> Tensor:
-    import numpy as np
-
-    # A copy: JAX's memory is read-only.
-    return torch.from_numpy(np.array(x))
 
 
 def jax_scan(problem: Problem, precision: str) -> Variant:
@@ -347,6 +337,7 @@ def jax_unrolled(problem: Problem, precision: str) -> Variant:
 RIVALS: dict[str, Rival] = {
     "fused": fused,
     "eager": eager,
+    "eager baddbmm": eager_batched,
     "compile": compiled,
     "compile reduce-overhead": compiled_reduce_overhead,
     "compile max-autotune": compiled_max_autotune,

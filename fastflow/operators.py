@@ -2,14 +2,16 @@
 
 One operator per integration and one per loss, whatever the number of steps and layers. They take canonical tensors: x
 [E, B, S, D], t [E, B, S], cond [1 or E, B, C], step noise [K, E, B, S, D], parameters as one flat list, the spec as
-its key. What kernels do is in `fastflow.fused`; without them the operators run the reference.
+its key. `runner` says who does the work: "triton" (`fastflow.fused`), "native" (`fastflow.cpu`) or "reference".
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -139,6 +141,11 @@ def _both_times(
 
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     pass
+
+
+def _kernels(runner: str) -> ModuleType:
+    """What runs an operator. Both modules hold the same functions."""
+    return importlib.import_module("fastflow.fused" if runner == "triton" else "fastflow.cpu")
 
 
 def _concrete(precision: str) -> str:
@@ -358,7 +365,7 @@ def _needed(ctx: Any) -> Any:
     "fastflow::integrate",
     mutates_args=(),
     schema="(Tensor x_0, Tensor cond, Tensor[] parameters, Tensor? t_0, Tensor? t_1, Tensor? step_noise, str key, "
-    "SymInt num_steps, float start, float end, str method, str precision, bool fused, bool keep, bool store) -> "
+    "SymInt num_steps, float start, float end, str method, str precision, str runner, bool keep, bool store) -> "
     "(Tensor x_1, Tensor path, Tensor stages, Tensor pre, Tensor out, Tensor stats)",
 )
 def _integrate(
@@ -374,14 +381,14 @@ def _integrate(
     end: float,
     method: str,
     precision: str,
-    fused: bool,
+    runner: str,
     keep: bool,
     store: bool,
 ) -> tuple[Tensor, ...]:
     """x_K, every x_k before its step (none unless `keep`), and what the kernels' backward pass reads."""
     spec = FieldSpec.from_key(key)
-    if fused:
-        from fastflow import fused as kernels
+    if runner != "reference":
+        kernels = _kernels(runner)
 
         precision = _concrete(precision)
         if not x_0.numel():
@@ -411,12 +418,12 @@ def _(
     end: float,
     method: str,
     precision: str,
-    fused: bool,
+    runner: str,
     keep: bool,
     store: bool,
 ) -> Any:
-    if fused:
-        from fastflow import fused as kernels
+    if runner != "reference":
+        kernels = _kernels(runner)
 
         spec = FieldSpec.from_key(key)
         return kernels.walk_fakes(x_0, spec, num_steps, method, _concrete(precision), keep, store)
@@ -429,7 +436,7 @@ def _(
     mutates_args=(),
     schema="(Tensor? grad, Tensor? grad_path, Tensor x_0, Tensor cond, Tensor[] parameters, Tensor? t_0, Tensor? t_1, "
     "Tensor? step_noise, Tensor[] saved, str key, SymInt num_steps, float start, float end, str method, "
-    "str precision, bool fused, bool store, bool[] needs) -> Tensor[]",
+    "str precision, str runner, bool store, bool[] needs) -> Tensor[]",
 )
 def _integrate_bwd(
     grad: Tensor | None,
@@ -447,7 +454,7 @@ def _integrate_bwd(
     end: float,
     method: str,
     precision: str,
-    fused: bool,
+    runner: str,
     store: bool,
     needs: list[bool],
 ) -> list[Tensor]:
@@ -456,8 +463,8 @@ def _integrate_bwd(
     options = (spec, num_steps, start, end, method, precision)
     if not x_0.numel():
         return [g.zero_() for g in _integrate_grads(x_0, cond, parameters, num_steps, needs)]
-    if fused:
-        from fastflow import fused as kernels
+    if runner != "reference":
+        kernels = _kernels(runner)
 
         t_0, t_1 = _both_times(t_0, t_1, start, end, x_0)
         with torch.cuda.device_of(x_0):
@@ -504,7 +511,7 @@ def _(
     end: float,
     method: str,
     precision: str,
-    fused: bool,
+    runner: str,
     store: bool,
     needs: list[bool],
 ) -> Any:
@@ -512,13 +519,13 @@ def _(
 
 
 def _integrate_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x_0, cond, parameters, t_0, t_1, step_noise, *options, precision, fused, keep, store = inputs
+    x_0, cond, parameters, t_0, t_1, step_noise, *options, precision, runner, keep, store = inputs
     ctx.set_materialize_grads(False)
-    ctx.kept = fused and keep  # what the kernels' backward pass reads in place of the step noise
+    ctx.kept = runner != "reference" and keep  # what the kernels' backward pass reads in place of the step noise
     saved = (None, *output[1:]) if ctx.kept else (step_noise,)
     ctx.save_for_backward(x_0, cond, t_0, t_1, *parameters, *saved)
     # Backward multiplies in what forward multiplied in, whatever torch's settings are by then.
-    ctx.options = (*options, _concrete(precision), fused)
+    ctx.options = (*options, _concrete(precision), runner)
     ctx.keep, ctx.store, ctx.count = keep, store, len(parameters)
 
 
@@ -532,7 +539,7 @@ def _integrate_grad(ctx: Any, grad: Tensor | None, grad_path: Tensor | None, *un
     x_0, cond, t_0, t_1, *saved = ctx.saved_tensors
     parameters, step_noise, saved = saved[:n], saved[n], saved[n + 1 :]
     inputs = (x_0, cond, parameters, t_0, t_1, step_noise)
-    if ctx.options[-1] and not ctx.kept:
+    if ctx.options[-1] != "reference" and not ctx.kept:
         # Nobody saw at the call that a gradient would be asked for: a tensor inside vmap does not say.
         saved = integrate(*inputs, *ctx.options, True, ctx.store)[1:]
     needs = [needed[0], needed[1], any(needed[2]), needed[5]]
@@ -619,7 +626,7 @@ _integrate_backward = _Operator(_integrate_bwd, _save_nothing, _refuse_double_ba
     "fastflow::matching_loss",
     mutates_args=(),
     schema="(Tensor a, Tensor b, Tensor t, Tensor cond, Tensor[] parameters, Tensor? seed, Tensor? ids, str key, "
-    "str precision, bool interpolate, float sigma_min, bool fused, bool save, bool invariant) -> "
+    "str precision, bool interpolate, float sigma_min, str runner, bool save, bool invariant) -> "
     "(Tensor rows, Tensor error, Tensor x_t, Tensor pre, Tensor out, Tensor stats)",
 )
 def _matching_loss_op(
@@ -634,15 +641,15 @@ def _matching_loss_op(
     precision: str,
     interpolate: bool,
     sigma_min: float,
-    fused: bool,
+    runner: str,
     save: bool,
     invariant: bool,
 ) -> tuple[Tensor, ...]:
     """The loss of each row and what the kernels' backward pass reads. With a seed and ids, `a` has no elements: it is
     drawn, and so is a `t` without."""
     spec = FieldSpec.from_key(key)
-    if fused:
-        from fastflow import fused as kernels
+    if runner != "reference":
+        kernels = _kernels(runner)
 
         precision = _concrete(precision)
         if not b.numel():
@@ -668,12 +675,12 @@ def _(
     precision: str,
     interpolate: bool,
     sigma_min: float,
-    fused: bool,
+    runner: str,
     save: bool,
     invariant: bool,
 ) -> Any:
-    if fused:
-        from fastflow import fused as kernels
+    if runner != "reference":
+        kernels = _kernels(runner)
 
         return kernels.loss_fakes(b, FieldSpec.from_key(key), _concrete(precision), save, invariant)
     return (b.new_empty(b.shape[:-1]), *(b.new_empty(0) for _ in range(5)))
@@ -683,7 +690,7 @@ def _(
     "fastflow::matching_loss_bwd",
     mutates_args=(),
     schema="(Tensor grad, Tensor a, Tensor b, Tensor t, Tensor cond, Tensor[] parameters, Tensor? seed, Tensor? ids, "
-    "Tensor[] saved, str key, str precision, bool interpolate, float sigma_min, bool fused, bool[] needs) -> Tensor[]",
+    "Tensor[] saved, str key, str precision, bool interpolate, float sigma_min, str runner, bool[] needs) -> Tensor[]",
 )
 def _matching_loss_bwd(
     grad: Tensor,
@@ -699,7 +706,7 @@ def _matching_loss_bwd(
     precision: str,
     interpolate: bool,
     sigma_min: float,
-    fused: bool,
+    runner: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """[d_a, d_b, d_cond, *d_parameters] where `needs` (a, b, cond, parameters) asks for them."""
@@ -707,8 +714,8 @@ def _matching_loss_bwd(
     if not b.numel():
         return [g.zero_() for g in _matching_grads(a, b, cond, parameters, needs)]
     options = (spec, precision, interpolate, sigma_min)
-    if fused:
-        from fastflow import fused as kernels
+    if runner != "reference":
+        kernels = _kernels(runner)
 
         with torch.cuda.device_of(b):
             grads = kernels.loss_bwd(grad, a, b, t, cond, parameters, seed, ids, saved, *options, needs)
@@ -748,19 +755,19 @@ def _(
     precision: str,
     interpolate: bool,
     sigma_min: float,
-    fused: bool,
+    runner: str,
     needs: list[bool],
 ) -> Any:
     return _matching_grads(a, b, cond, parameters, needs)
 
 
 def _matching_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    a, b, t, cond, parameters, seed, ids, key, precision, *path, fused, save, invariant = inputs
+    a, b, t, cond, parameters, seed, ids, key, precision, *path, runner, save, invariant = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, t, cond, seed, ids, *parameters, *(output[1:] if fused and save else ()))
+    ctx.save_for_backward(a, b, t, cond, seed, ids, *parameters, *(output[1:] if runner != "reference" and save else ()))
     # Backward multiplies in what forward multiplied in, whatever torch's settings are by then.
-    ctx.options = (key, _concrete(precision), *path, fused)
-    ctx.saved, ctx.invariant, ctx.count = fused and save, invariant, len(parameters)
+    ctx.options = (key, _concrete(precision), *path, runner)
+    ctx.saved, ctx.invariant, ctx.count = runner != "reference" and save, invariant, len(parameters)
 
 
 def _matching_grad(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
@@ -772,7 +779,7 @@ def _matching_grad(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ..
     a, b, t, cond, seed, ids, *saved = ctx.saved_tensors
     parameters, saved = saved[:n], saved[n:]
     inputs = (a, b, t, cond, parameters, seed, ids)
-    if ctx.options[-1] and not ctx.saved:
+    if ctx.options[-1] != "reference" and not ctx.saved:
         # Nobody saw at the call that a gradient would be asked for: a tensor inside vmap does not say.
         saved = matching_loss(*inputs, *ctx.options, True, ctx.invariant)[1:]
     needs = [needed[0], needed[1], needed[3], any(needed[4])]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastflow import operators, reference
+from fastflow import cpu, operators, reference
 from fastflow.fields import FieldSpec, VelocityField
 from fastflow.kernels import launch  # needs no triton
 from fastflow.philox import PhiloxNoise
@@ -106,15 +106,16 @@ def integrate(
     stop, end = call.time(t_1, "t_1")
     noise = None if step_noise is None else call.like_steps(step_noise, num_steps)
     needs_times = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (begin, stop))
-    fused = not call.plain and call.fused("a gradient of t_0 or t_1" if needs_times else None)
+    runner = call.runner("a gradient of t_0 or t_1" if needs_times else None)
+    fused = runner != "reference"
     if call.plain or needs_times:
         steps = (call.spec, num_steps, start, end, method, call.precision)
         out = operators.reference_integrate(x, cond, call.parameters, begin, stop, noise, *steps, trajectory)
     else:
         needs = fused and _needs_gradient(x, cond, noise, *call.parameters)
-        store = needs and call.stores(num_steps, method, activations)
+        store = needs and runner == "triton" and call.stores(num_steps, method, activations)
         times = (begin, stop, noise, call.key, num_steps, start, end)
-        options = (method, call.precision, fused, trajectory or needs, store)
+        options = (method, call.precision, runner, trajectory or needs, store)
         x_1, path, *_ = operators.integrate(x, cond, call.parameters, *times, *options)
         out = torch.cat([path, x_1.unsqueeze(0)]) if trajectory else x_1
     return call.restore(out.to(x_0.dtype), int(trajectory))
@@ -234,7 +235,8 @@ def _matching_loss(
     if weight is not None:
         weight = call.like_rows(weight, "weight", trailing=False)
     needs_t = torch.is_grad_enabled() and t.requires_grad
-    fused = not call.plain and call.fused("a gradient of t" if needs_t else None)
+    runner = call.runner("a gradient of t" if needs_t else None)
+    fused = runner != "reference"
     seed = ids = None
     if noise is not None and fused:
         seed, ids = noise.seed, noise.ids
@@ -243,7 +245,7 @@ def _matching_loss(
     path = (interpolate, sigma_min)
     if fused or (torch.compiler.is_compiling() and not (call.plain or needs_t)):
         save = fused and _needs_gradient(x, y, cond, *call.parameters)
-        options = (call.key, call.precision, *path, fused, save, reduction == "none")
+        options = (call.key, call.precision, *path, runner, save, reduction == "none")
         rows = operators.matching_loss(x, y, t, cond, call.parameters, seed, ids, *options)[0]
     else:
         # Without kernels the operator's backward would repeat the forward pass, which autograd need not.
@@ -497,17 +499,24 @@ class _Call:
         given = f" with cond {list(cond.shape[int(cond.shape[0] == 1) :])}" if cond is not None else ""
         return ValueError(f"{self.name}: {name} must be {expected}, got {list(tensor.shape)}{given}")
 
-    def fused(self, unsupported: str | None = None) -> bool:
-        """Whether kernels run this call; raises for `backend="fused"` where they cannot, warns once for "auto" on
-        CUDA."""
-        why = unsupported or _why_not_fused(self.spec, self.device, self.dtype, self.precision, self.backend)
+    def runner(self, unsupported: str | None = None) -> str:
+        """Who runs this call: "triton", "native" or "reference"; raises for `backend="fused"` where no kernel covers
+        it, warns once for "auto" on CUDA."""
+        if self.plain:
+            return "reference"
+        native = self.device.type == "cpu" and not (self.backend == "fused" and _INTERPRETED)
+        why = unsupported
+        if why is None and native:
+            why = cpu.unsupported(self.dtype)
+        elif why is None:
+            why = _why_no_kernel(self.spec, self.device, self.dtype, self.precision)
         if why is None:
-            return True
+            return "native" if native else "triton"
         if self.backend == "fused":
             raise NotImplementedError(f"{self.name}: no fused kernel for {why}; use backend='auto' or 'reference'")
         if self.device.type == "cuda":
             _warn_reference(self.name, why)
-        return False
+        return "reference"
 
 
 def _resolve_precision(precision: str | None, dtype: torch.dtype, device: torch.device) -> str:
@@ -521,11 +530,9 @@ def _resolve_precision(precision: str | None, dtype: torch.dtype, device: torch.
     return "default" if device.type == "cuda" else "fp32"
 
 
-def _why_not_fused(
-    spec: FieldSpec, device: torch.device, dtype: torch.dtype, precision: str, backend: str
-) -> str | None:
-    """What keeps kernels from running a call, or None."""
-    if device.type != "cuda" and not (device.type == "cpu" and backend == "fused" and _INTERPRETED):
+def _why_no_kernel(spec: FieldSpec, device: torch.device, dtype: torch.dtype, precision: str) -> str | None:
+    """What keeps Triton's kernels from running a call, or None."""
+    if device.type not in ("cuda", "cpu"):
         return f"{device.type} tensors"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"{dtype} parameters (float32 and bfloat16 have one)"

@@ -1,0 +1,80 @@
+"""The figure of the CPU table: what a walk takes over K and over rows, by everyone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastflow.atomic import atomic_write
+
+# Okabe and Ito's palette, and marks of their own: told apart with any colour vision, and in print.
+LINES = {
+    "fastflow bf16": ("fastflow, bf16", "#0072B2", "o", "-"),
+    "fastflow fp32": ("fastflow, fp32", "#56B4E9", "s", "-"),
+    "jax scan fp32": ("JAX jit, fp32", "#009E73", "^", "--"),
+    "compile fp32": ("torch.compile, fp32", "#E69F00", "D", "--"),
+    "eager fp32": ("eager PyTorch, fp32", "#D55E00", "v", "--"),
+}
+PANELS = {
+    "steps": ("K, steps of the walk", "2 nets x 256 rows"),
+    "rows": ("rows per net", "2 nets, K = 8"),
+}
+
+
+def series(curves: Mapping[str, Any], axis: str) -> dict[str, list[tuple[int, float, float, float]]]:
+    """By entrant: (n, median, p20, p80) in seconds, in order of n."""
+    out: dict[str, list[tuple[int, float, float, float]]] = {}
+    for name, measured in curves.items():
+        at = re.fullmatch(rf"curve-{axis}-(\d+)", name)
+        for entrant in measured["entrants"] if at else []:
+            if at and "median_us" in entrant:
+                times = (1e-6 * entrant[f"{key}_us"] for key in ("median", "p20", "p80"))
+                out.setdefault(entrant["name"], []).append((int(at[1]), *times))
+    return {name: sorted(points) for name, points in out.items()}
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Write the figure; its format is that of the path's suffix.
+
+    Raises:
+        ImportError: no matplotlib.
+    """
+    import matplotlib
+    import matplotlib.figure
+    import matplotlib.ticker
+
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "font.size": 9.5}
+    with matplotlib.rc_context(style):
+        figure = matplotlib.figure.Figure(figsize=(10.5, 4.6), layout="constrained")
+        axes = figure.subplots(1, len(PANELS), sharey=True)
+        for ax, (axis, (label, title)) in zip(axes, PANELS.items()):
+            found = series(report["curves"], axis)
+            for name, (text, color, mark, line) in LINES.items():
+                points = found.get(name, [])
+                if points:
+                    n, median, p20, p80 = zip(*points)
+                    options = {"color": color, "marker": mark, "linestyle": line, "markersize": 4.5, "linewidth": 1.4}
+                    ax.plot(n, [1e3 * s for s in median], label=text, **options)
+                    ax.fill_between(n, [1e3 * s for s in p20], [1e3 * s for s in p80], color=color, alpha=0.15, lw=0)
+            ax.set_xscale("log", base=4 if axis == "rows" else 2)
+            ax.set_yscale("log")
+            ax.set_xticks(sorted({point[0] for points in found.values() for point in points}))
+            ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+            ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+            ax.grid(True, color="#e6e6e6")
+            ax.set_xlabel(label)
+            ax.set_title(title)
+        axes[0].set_ylabel("milliseconds per walk (median, 20th to 80th percentile)")
+        axes[1].tick_params(labelleft=True)
+        axes[0].legend(frameon=False)
+        hardware, software = report["hardware"], report["software"]
+        versions = f"torch {software['torch']}, jax {software['jax']}"
+        figure.suptitle(
+            f"floq critic walk, 4 x 512, HL-Gauss: {hardware['cpu']}, {hardware['cpu_cores']} cores; {versions}",
+            fontsize=10.5,
+        )
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, dpi=150)

@@ -1,0 +1,234 @@
+"""The operators on the CPU: C++ that is compiled on first use for the machine it runs on, and called here.
+
+One source serves every network: it reads a network's description at run time. It is built with the system's C++
+compiler (the environment variable CXX, else g++, clang++ or c++) into a cache under the user's cache directory, by
+content: another source, compiler or processor is another file. Needs torch alone, and no compiler to be imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..plan import Network
+
+SOURCES = ("operators.cpp", "network.h", "product.h", "vector.h")
+# In the order of the enumerations in vector.h and network.h.
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "elu", "mish", "tanh")
+NORMS = ("none", "after", "before", "film")
+EMBEDDINGS = ("identity", "scaled", "hl_gauss")
+PREDICTIONS = ("velocity", "endpoint", "noise")
+LANES, COLS = 16, 32  # of AVX-512; every narrower machine pads to fewer columns
+
+
+class Unavailable(RuntimeError):
+    """Why there is no native code in this process."""
+
+
+# Building -----------------------------------------------------------------------------------------------------------
+
+
+def cache_directory() -> Path:
+    """Where compiled code is kept: fastflow/ in the user's cache directory."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = str(Path.home() / "Library" / "Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "fastflow"
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    given = shlex.split(os.environ.get("CXX", ""))
+    for candidate in [given] if given else [["g++"], ["clang++"], ["c++"]]:
+        path = shutil.which(candidate[0])
+        if path:
+            return [path, *candidate[1:]]
+    raise Unavailable(f"no C++ compiler ({given[0] if given else 'g++, clang++ or c++'} not found)")
+
+
+def _flags() -> list[str]:
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    # No -ffast-math: sums keep their order. GCC takes intrinsics' deliberately undefined values for mistakes.
+    return ["-O3", native, "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-w"]
+
+
+@functools.cache
+def processor() -> str:
+    """The processor's name and what it can do, as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
+
+
+def _run(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} could not be run: {error}") from error
+    if done.returncode:
+        raise Unavailable(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def build() -> Path:
+    """The compiled library, from the cache or compiled now (some ten seconds).
+
+    Raises:
+        Unavailable: no compiler, it failed, or the cache cannot be written.
+    """
+    compiler = find_compiler()
+    here = Path(__file__).parent
+    parts = [*(here / name for name in SOURCES)]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes())
+    digest.update("\n".join([*compiler, _run([*compiler, "--version"]), *_flags(), processor()]).encode())
+    library = cache_directory() / f"cpu-{digest.hexdigest()[:24]}.so"
+    if library.exists():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
+        os.close(handle)
+    except OSError as error:
+        raise Unavailable(f"the cache {library.parent} cannot be written: {error}") from error
+    try:
+        command = [*compiler, *_flags(), str(here / "operators.cpp"), "-o", name]
+        try:
+            _run([*command, "-fopenmp"])
+        except Unavailable:
+            _run(command)  # a compiler without OpenMP: one thread
+        os.replace(name, library)  # whole, or not there
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return library
+
+
+_lock = threading.Lock()
+_state: list[ctypes.CDLL | str] = []  # the library, or why there is none
+
+
+def _loaded() -> ctypes.CDLL | str:
+    """Asked for once per process: nothing is tried again."""
+    with _lock:
+        if not _state:
+            try:
+                library = ctypes.CDLL(str(build()))
+                for name in ("walk", "walk_bwd", "loss", "loss_bwd"):
+                    function = getattr(library, f"fastflow_{name}")
+                    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+                _state.append(library)
+            except (Unavailable, OSError, AttributeError) as error:
+                _state.append(str(error))
+        return _state[0]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
+def why_unavailable() -> str | None:
+    """What keeps native code from running here, or None. Compiles it at the first call."""
+    found = _loaded()
+    return found if isinstance(found, str) else None
+
+
+def has_bf16() -> bool:
+    """Whether products of bfloat16 operands run in native code; else it multiplies in float32."""
+    found = _loaded()
+    return not isinstance(found, str) and bool(found.fastflow_bf16())
+
+
+def describe() -> dict[str, str]:
+    """What is active, for people."""
+    found = _loaded()
+    if isinstance(found, str):
+        return {"native": f"none: {found}"}
+    return {
+        "native": str(build()),
+        "vectors": f"{32 * found.fastflow_lanes()} bits",
+        "bf16 products": "yes" if found.fastflow_bf16() else "no, in float32",
+        "threads": "OpenMP" if found.fastflow_threads() else "one",
+    }
+
+
+# Calling ------------------------------------------------------------------------------------------------------------
+
+
+def padded(width: int) -> int:
+    """A hidden layer's width in the native code's buffers."""
+    found = _loaded()
+    columns = COLS if isinstance(found, str) else 2 * found.fastflow_lanes()
+    return -(-width // columns) * columns
+
+
+@functools.lru_cache(maxsize=64)
+def _describe(net: Network, film_inputs: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The integers and reals of a network, as `Net` in network.h reads them."""
+    bf16 = net.precision == "bf16" and has_bf16()
+    ints = [
+        int(bf16),
+        net.state_dim,
+        net.cond_dim,
+        net.state_features,
+        net.time_features,
+        net.layers,
+        ACTIVATIONS.index(net.activation),
+        NORMS.index(net.norm),
+        EMBEDDINGS.index(net.state_embedding),
+        PREDICTIONS.index(net.prediction),
+        film_inputs,
+    ]
+    for width, inputs, add in zip(net.hidden, net.inputs, net.add, strict=True):
+        ints += [width, add, len(inputs), *(*inputs, 0, 0)[:2]]
+    return tuple(ints), (net.low, net.high, net.sigma, net.eps, net.output_scale)
+
+
+def call(
+    name: str,
+    net: Network,
+    film_inputs: int,
+    ints: Iterable[int],
+    reals: Iterable[float],
+    tensors: Iterable[Tensor | None],
+) -> None:
+    """Run an operator: `tensors` are contiguous float32 on the CPU, in the order the source reads them.
+
+    Raises:
+        MemoryError: no room for its buffers.
+    """
+    library = _loaded()
+    if isinstance(library, str):
+        raise Unavailable(library)
+    first, constants = _describe(net, film_inputs)
+    all_ints, all_reals = (*first, *ints), (*constants, *reals)
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    status = getattr(library, f"fastflow_{name}")(
+        (ctypes.c_int64 * len(all_ints))(*all_ints),
+        (ctypes.c_double * len(all_reals))(*all_reals),
+        (ctypes.c_void_p * len(pointers))(*pointers),
+    )
+    if status == 1:
+        raise MemoryError(f"fastflow: no memory for the buffers of {name}")
+    if status:
+        raise RuntimeError(f"fastflow: {name} failed")

@@ -1,0 +1,593 @@
+// The operators of a velocity network on the CPU: its walk and its loss, and the way back of both. Compiled on first use
+// and called by `fastflow.kernels.cpu`, which documents the arguments.
+//
+// A task is a block of rows of one member on one thread: it does all steps of its rows. Sums over rows are made in
+// chunks, whose number depends on the sizes alone, and are added in order: the number of threads changes no bit.
+
+#include <exception>
+#include <type_traits>
+
+#include "network.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+constexpr long BLOCK = 96;        // rows of a task going forward, and of a step of a chunk on the way back
+constexpr long BLOCK_FILM = 48;   // where every row carries a scale and a shift for each layer
+constexpr long CHUNK = 512;       // fewest rows of a chunk of weight gradients
+constexpr long CHUNKS = 8;        // most chunks of a member: each needs room for all its gradients
+constexpr size_t KEEP = size_t(256) << 20;  // bytes a thread holds on to between calls
+
+thread_local Workspace own_buffers, packed_weights, chunk_sums;
+
+template <class Do>
+void for_all(long tasks, long threads, Do what) {
+  threads = std::min(threads, tasks);
+  if (threads <= 1) {
+    for (long i = 0; i < tasks; i++) what(i);
+    return;
+  }
+  std::exception_ptr failed;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads))
+#endif
+  for (long i = 0; i < tasks; i++) {
+    try {
+      what(i);
+    } catch (...) {
+#ifdef _OPENMP
+#pragma omp critical
+#endif
+      failed = std::current_exception();
+    }
+  }
+  if (failed) std::rethrow_exception(failed);
+}
+
+template <class P>
+Weights<P> member_weights(Arguments& a, const Net& net) {
+  Weights<P> w;
+  for (long i = 0; i <= net.L; i++) w.w.push_back(P(a.pointer<void>())), w.b.push_back(P(a.pointer<void>()));
+  for (long i = 0; i < net.L && net.affine(); i++) w.scale.push_back(P(a.pointer<void>())), w.shift.push_back(P(a.pointer<void>()));
+  for (long i = 0; i < net.L && net.film(); i++) w.film.push_back(P(a.pointer<void>()));
+  return w;
+}
+
+// Sizes of one member's tensors, in the order of the pointers.
+struct Sizes {
+  std::vector<long> w, b;
+  explicit Sizes(const Net& net) {
+    for (long i = 0; i <= net.L; i++) {
+      long rows = i == 0 ? net.cond() + net.F + (net.film() ? 0 : net.T) : i == net.L ? net.layers[net.L - 1].width : 0;
+      const long columns = i == net.L ? net.D : net.layers[i].width;
+      for (long j = 0; i > 0 && i < net.L && j < net.layers[i].inputs; j++) rows += net.layers[net.layers[i].input[j]].width;
+      w.push_back(rows * columns), b.push_back(columns);
+    }
+  }
+};
+
+// Member e of a field, whose tensors hold its members one behind the other.
+template <class P>
+Weights<P> of_member(const Weights<P>& field, const Net& net, const Sizes& sizes, long e) {
+  Weights<P> w = field;
+  for (size_t i = 0; i < w.w.size(); i++) {
+    if (w.w[i]) w.w[i] += e * sizes.w[i];
+    if (w.b[i]) w.b[i] += e * sizes.b[i];
+  }
+  for (size_t i = 0; i < w.scale.size(); i++) {
+    if (w.scale[i]) w.scale[i] += e * net.layers[i].width;
+    if (w.shift[i]) w.shift[i] += e * net.layers[i].width;
+  }
+  // Of FiLM's weight [encoded cond and time, 2 width], the rows of time.
+  for (size_t i = 0; i < w.film.size(); i++)
+    if (w.film[i]) w.film[i] += (e * net.film_inputs + net.film_inputs - net.T) * 2 * net.layers[i].width;
+  return w;
+}
+
+// What every call has.
+struct Call {
+  Net net;
+  Sizes sizes;
+  long fields, per_field, E, B, S, M, N, threads;
+  bool shared;
+  const float *cond, *features, *film;
+  long cond_e, features_n, features_e, features_m, film_e, film_b;
+  std::vector<Weights<const float*>> given;
+
+  explicit Call(Arguments& a) : net(a), sizes(net) {
+    fields = a.integer(), per_field = a.integer(), B = a.integer(), S = a.integer(), N = a.integer(), threads = a.integer();
+    shared = a.integer() != 0;
+    cond_e = a.integer(), features_n = a.integer(), features_e = a.integer(), features_m = a.integer();
+    film_e = a.integer(), film_b = a.integer();
+    E = fields * per_field, M = B * S;
+    cond = a.pointer<float>(), features = a.pointer<float>(), film = a.pointer<float>();
+    for (long f = 0; f < fields; f++) {
+      const auto field = member_weights<const float*>(a, net);
+      for (long e = 0; e < per_field; e++) given.push_back(of_member(field, net, sizes, e));
+    }
+  }
+  long block() const { return net.film() ? BLOCK_FILM : BLOCK; }
+  const float* cond_of(long e) const { return cond + e * cond_e; }
+  const float* film_of(long e) const { return film + e * film_e; }
+};
+
+template <bool BF>
+std::vector<Packed> pack_weights(const Call& c, bool back) {
+  std::vector<Packed> packed(size_t(c.E));
+  packed_weights.hold([&](Arena& a) {
+    for (Packed& p : packed) p.lay<BF>(a, c.net, c.N, c.shared, back);
+  });
+  for_all(c.E, c.threads, [&](long e) {
+    packed[size_t(e)].pack_all<BF>(c.net, c.given[size_t(e)], c.features + e * c.features_e, c.features_n, c.N, c.shared, back);
+  });
+  return packed;
+}
+
+// The velocity and the flow state's own part in it: v = scale * head, or what an end point or noise implies.
+struct Velocity {
+  float times_head, times_x;
+  static Velocity at(const Net& net, float t) {
+    if (net.prediction == ENDPOINT) {
+      const float by = 1.0f / std::max(1.0f - t, TIME_MARGIN);
+      return {net.scale * by, -by};
+    }
+    if (net.prediction == NOISE) {
+      const float by = 1.0f / std::max(t, TIME_MARGIN);
+      return {-net.scale * by, by};
+    }
+    return {net.scale, 0.0f};
+  }
+};
+
+// Walks ---------------------------------------------------------------------------------------------------------------
+
+// x_{k+1} = x_k + h (b_1 v_1 + b_2 v_2), v_2 at x_k + a h v_1.
+struct Walk : Call {
+  long K, stages;
+  float a, b_1, b_2;
+  double start, end;
+  const float *t_0, *t_1, *x_0, *noise;
+
+  explicit Walk(Arguments& g) : Call(g) {
+    K = g.integer(), stages = g.integer();
+    a = g.real(), b_1 = g.real(), b_2 = g.real();
+    start = *g.reals++, end = *g.reals++;
+    t_0 = g.pointer<float>(), t_1 = g.pointer<float>(), x_0 = g.pointer<float>(), noise = g.pointer<float>();
+  }
+  float width(long row) const { return t_0 ? (t_1[row] - t_0[row]) / float(K) : float((end - start) / double(K)); }
+  float time(long row, long k, bool second) const {
+    const double part = (double(k) + (second ? double(a) : 0.0)) / double(K);
+    if (!t_0) return float((1 - part) * start + part * end);
+    return float(1 - part) * t_0[row] + float(part) * t_1[row];
+  }
+};
+
+// v [rows, D] of evaluation n of the block's rows, the first of which is `row` of all members' and `first` of its own.
+template <bool BF>
+void velocity(const Walk& w, Block<BF>& b, long e, long first, long n, const float* x, float* v, long k, bool second) {
+  const long D = w.net.D, row = e * w.M + first;
+  if (!w.shared) b.set_time(w.features + n * w.features_n + e * w.features_e + first * w.features_m, w.features_m);
+  b.set_state(x);
+  b.forward(n, w.net.film() ? w.film_of(e) : nullptr, w.film_b, first, w.S);
+  for (long r = 0; r < b.rows; r++) {
+    const Velocity how = w.net.prediction == VELOCITY ? Velocity{w.net.scale, 0.0f} : Velocity::at(w.net, w.time(row + r, k, second));
+    for (long j = 0; j < D; j++) {
+      const float head = b.head[r * w.net.pad_out + j];
+      v[r * D + j] = how.times_x == 0.0f ? how.times_head * head : how.times_head * head + how.times_x * x[r * D + j];
+    }
+  }
+}
+
+template <bool BF>
+void walk(Arguments& g) {
+  const Walk w(g);
+  float *x_1 = g.pointer<float>(), *path = g.pointer<float>(), *stages = g.pointer<float>();
+  const auto packed = pack_weights<BF>(w, false);
+  const long D = w.net.D, count = w.E * w.M * D;
+  // Small blocks where there are more threads than blocks: rows do not depend on one another.
+  const long most = std::max<long>(ROWS, round_up((w.E * w.M + w.threads - 1) / w.threads, ROWS));
+  const long block = std::min(w.block(), most), blocks = (w.M + block - 1) / block;
+  for_all(w.E * blocks, w.threads, [&](long task) {
+    const long e = task / blocks, first = task % blocks * block, row = e * w.M + first;
+    Block<BF> b(w.net);
+    float *x, *v, *v_2, *at;
+    own_buffers.hold([&](Arena& a) {
+      b.lay(a, block, w.shared, false);
+      x = a.take(block * D), v = a.take(block * D), v_2 = a.take(block * D), at = a.take(block * D);
+    });
+    b.w = &packed[size_t(e)], b.rows = std::min(block, w.M - first);
+    const long size = b.rows * D;
+    memcpy(x, w.x_0 + row * D, size_t(size) * 4);
+    b.set_cond(w.cond_of(e), first, w.S);
+    for (long k = 0; k < w.K; k++) {
+      if (path) memcpy(path + k * count + row * D, x, size_t(size) * 4);
+      velocity(w, b, e, first, k * w.stages, x, v, k, false);
+      if (w.stages == 2) {
+        for (long i = 0; i < size; i++) at[i] = x[i] + v[i] * (w.a * w.width(row + i / D));
+        if (stages) memcpy(stages + k * count + row * D, at, size_t(size) * 4);
+        velocity(w, b, e, first, k * 2 + 1, at, v_2, k, true);
+        for (long i = 0; i < size; i++) v[i] = w.b_1 * v[i] + w.b_2 * v_2[i];
+      }
+      const float* add = w.noise ? w.noise + k * count + row * D : nullptr;
+      for (long i = 0; i < size; i++) x[i] = x[i] + v[i] * w.width(row + i / D);
+      for (long i = 0; add && i < size; i++) x[i] += add[i];
+    }
+    memcpy(x_1 + row * D, x, size_t(size) * 4);
+    own_buffers.trim(KEEP);
+  });
+  packed_weights.trim(KEEP);
+}
+
+// Sums over rows ------------------------------------------------------------------------------------------------------
+
+// The weight gradients of all members, made chunk by chunk.
+template <bool BF>
+struct Chunks {
+  const Call& c;
+  bool with_weights, with_features;  // with_features: of time features that all rows share
+  long chunks, rows;                 // of a member; of a chunk
+  std::vector<Weights<float*>> out;  // of all members
+  float* d_features;                 // [E, N, T]
+  std::vector<Weights<float*>> grads;  // [chunks, E]; the first chunk's are the results themselves
+  std::vector<float*> features;
+  std::vector<Sums> sums;
+
+  Chunks(const Call& call, Arguments& g, bool weights) : c(call), with_weights(weights) {
+    const Net& net = c.net;
+    chunks = weights ? std::max<long>(1, std::min(CHUNKS, c.M / CHUNK)) : (c.M + c.block() - 1) / c.block();
+    rows = round_up((c.M + chunks - 1) / chunks, ROWS);
+    chunks = std::max<long>(1, (c.M + rows - 1) / rows);
+    d_features = g.pointer<float>();
+    with_features = d_features && c.shared;
+    for (long f = 0; f < c.fields && weights; f++) {
+      const auto field = member_weights<float*>(g, net);
+      for (long e = 0; e < c.per_field; e++) out.push_back(of_member(field, net, c.sizes, e));
+    }
+    sums.resize(size_t(chunks * c.E)), grads.resize(size_t(chunks * c.E)), features.resize(size_t(chunks * c.E));
+    chunk_sums.hold([&](Arena& a) {
+      for (long i = 0; i < chunks * c.E; i++) {
+        if (with_weights || with_features) sums[size_t(i)].lay(a, net, c.N, c.shared);
+        if (with_features) features[size_t(i)] = i < c.E ? d_features + i * c.N * net.T : a.take(c.N * net.T);
+        if (!with_weights) continue;
+        Weights<float*>& to = grads[size_t(i)];
+        if (i < c.E) {
+          to = out[size_t(i)];
+          continue;
+        }
+        to = Weights<float*>();
+        for (long l = 0; l <= net.L; l++) to.w.push_back(a.take(c.sizes.w[size_t(l)])), to.b.push_back(a.take(c.sizes.b[size_t(l)]));
+        for (long l = 0; l < net.L && net.affine(); l++) to.scale.push_back(a.take(net.layers[l].width)), to.shift.push_back(a.take(net.layers[l].width));
+        for (long l = 0; l < net.L && net.film(); l++) to.film.push_back(a.take(net.T * 2 * net.layers[l].width));
+      }
+    });
+  }
+
+  // All tensors of a member with their sizes.
+  template <class Do>
+  void each(const Weights<float*>& g, Do what) const {
+    for (size_t l = 0; l < g.w.size(); l++) what(g.w[l], c.sizes.w[l]), what(g.b[l], c.sizes.b[l]);
+    for (size_t l = 0; l < g.scale.size(); l++) what(g.scale[l], c.net.layers[l].width), what(g.shift[l], c.net.layers[l].width);
+    for (size_t l = 0; l < g.film.size(); l++) what(g.film[l], c.net.T * 2 * c.net.layers[l].width);
+  }
+
+  void begin(long i) {
+    if (with_weights || with_features) sums[size_t(i)].clear(c.net, c.N, c.shared);
+    if (with_weights) each(grads[size_t(i)], [](float* p, long n) { memset(p, 0, size_t(n) * 4); });
+  }
+
+  // What a chunk summed in its own layout goes to its gradients.
+  void finish(long i) {
+    if (!with_weights && !with_features) return;
+    const Net& net = c.net;
+    const Sums& s = sums[size_t(i)];
+    const long T = net.T, e = i % c.E;
+    auto feature = [&](long n) { return c.features + e * c.features_e + n * c.features_n; };
+    auto add = [](float* to, const float* from, long n) { for (long k = 0; k < n; k++) to[k] += from[k]; };
+    float* d_f = with_features ? features[size_t(i)] : nullptr;
+    if (d_f) memset(d_f, 0, size_t(c.N * T) * 4);
+    // The rows of time: d_w [T, columns] += features^T d_table, d_features += d_table w^T.
+    auto time_rows = [&](const float* table, long ld, long columns, const float* w, float* d_w, long ldw) {
+      for (long n = 0; n < c.N; n++, table += ld)
+        for (long k = 0; k < T; k++) {
+          const float f = feature(n)[k];
+          float dot = 0.0f;
+          for (long j = 0; d_w && j < columns; j++) d_w[k * ldw + j] += f * table[j];
+          for (long j = 0; d_f && j < columns; j++) dot += table[j] * w[k * ldw + j];
+          if (d_f) d_f[n * T + k] += dot;
+        }
+    };
+    Weights<float*>* g = with_weights ? &grads[size_t(i)] : nullptr;
+    const Weights<const float*>& given = c.given[size_t(e)];
+    for (long l = 0; l < net.L; l++) {
+      const Layer& layer = net.layers[l];
+      const size_t at = size_t(l);
+      if (g && !(l == 0 && c.shared)) add(g->b[at], s.bias[at], layer.width);
+      if (g && net.affine()) add(g->scale[at], s.scale[at], layer.width), add(g->shift[at], s.shift[at], layer.width);
+      if (net.film() && c.shared)
+        for (long j = 0; j < 2; j++)
+          time_rows(s.film[at] + j * layer.pad, 2 * layer.pad, layer.width, given.film[at] + j * layer.width, g ? g->film[at] + j * layer.width : nullptr, 2 * layer.width);
+    }
+    const Layer &first = net.layers[0], &last = net.layers[net.L - 1];
+    if (c.shared) {
+      for (long n = 0; g && n < c.N; n++) add(g->b[0], s.table + n * first.pad, first.width);
+      const long skip = (net.cond() + net.F) * first.width;
+      if (!net.film()) time_rows(s.table, first.pad, first.width, given.w[0] + skip, g ? g->w[0] + skip : nullptr, first.width);
+    }
+    if (!g) return;
+    add(g->b[size_t(net.L)], s.head_bias, net.D);
+    for (long d = 0; d < net.D && net.D <= DOTS; d++)
+      for (long k = 0; k < last.width; k++) g->w[size_t(net.L)][k * net.D + d] += s.head[d * last.pad + k];
+  }
+
+  // Chunks are added in order, whatever finished first.
+  void join() {
+    if (chunks > 1 && (with_weights || with_features)) {
+      for_all(c.E, c.threads, [&](long e) {
+        for (long i = e + c.E; i < chunks * c.E; i += c.E) {
+          std::vector<std::pair<float*, long>> to, from;
+          if (with_weights) {
+            each(grads[size_t(e)], [&](float* p, long n) { to.push_back({p, n}); });
+            each(grads[size_t(i)], [&](float* p, long n) { from.push_back({p, n}); });
+          }
+          if (with_features) to.push_back({features[size_t(e)], c.N * c.net.T}), from.push_back({features[size_t(i)], c.N * c.net.T});
+          for (size_t t = 0; t < to.size(); t++)
+            for (long k = 0; k < to[t].second; k++) to[t].first[k] += from[t].first[k];
+        }
+      });
+    }
+    chunk_sums.trim(KEEP);
+  }
+};
+
+// Rows' own gradients that the network's way back leaves in a block, to where the caller wants them.
+struct RowGradients {
+  float *cond, *film, *features;  // [E, M, C], [E, M, film width], [N, E, M, T]; null where not wanted
+  explicit RowGradients(Arguments& g) { cond = g.pointer<float>(), film = g.pointer<float>(), features = g.pointer<float>(); }
+
+  template <bool BF>
+  void take(const Call& c, const Block<BF>& b, long row, long n, bool more) const {
+    const Net& net = c.net;
+    for (long r = 0; film && r < b.rows; r++)
+      for (long i = 0; i < net.L; i++) {
+        const Layer& layer = net.layers[i];
+        float* to = film + (row + r) * net.film_width + layer.film;
+        const float* from = b.film[size_t(i)] + r * 2 * layer.pad;
+        for (long k = 0; k < 2 * layer.pad; k += LANES) store(to + k, more ? load(to + k) + load(from + k) : load(from + k));
+      }
+    for (long r = 0; features && !c.shared && r < b.rows; r++)
+      memcpy(features + (n * c.E * c.M + row + r) * net.T, b.d_time + r * round_up(net.T, COLS), size_t(net.T) * 4);
+  }
+};
+
+template <bool BF>
+void walk_bwd(Arguments& g) {
+  const Walk w(g);
+  const bool with_weights = g.integer() != 0;
+  const float *grad = g.pointer<float>(), *grad_path = g.pointer<float>(), *path = g.pointer<float>(), *stages = g.pointer<float>();
+  float *d_x_0 = g.pointer<float>(), *d_noise = g.pointer<float>();
+  const RowGradients of_rows(g);
+  Chunks<BF> chunks(w, g, with_weights);
+  const auto packed = pack_weights<BF>(w, true);
+  const long D = w.net.D, count = w.E * w.M * D, block = w.block();
+  for_all(w.E * chunks.chunks, w.threads, [&](long task) {
+    const long e = task % w.E, from = task / w.E * chunks.rows, to = std::min(w.M, from + chunks.rows);
+    Block<BF> b(w.net);
+    float *d_x, *d_v, *d_at, *v;
+    own_buffers.hold([&](Arena& a) {
+      b.lay(a, block, w.shared, true);
+      d_x = a.take(block * D), d_v = a.take(block * D), d_at = a.take(block * D), v = a.take(block * D);
+    });
+    b.w = &packed[size_t(e)], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
+    chunks.begin(task);
+    const bool sums = with_weights || chunks.with_features;
+    for (long first = from; first < to; first += block) {
+      const long row = e * w.M + first;
+      b.rows = std::min(block, to - first);
+      const long size = b.rows * D;
+      b.set_cond(w.cond_of(e), first, w.S);
+      if (w.net.cond()) memset(b.d_base, 0, size_t(b.rows * w.net.layers[0].pad) * 4);
+      if (grad) memcpy(d_x, grad + row * D, size_t(size) * 4);
+      else memset(d_x, 0, size_t(size) * 4);
+      bool more = false;
+      // Back through one evaluation at `x`: d_v is the velocity's gradient, `to` grows by the state's.
+      auto back = [&](const float* x, long k, bool second, float* to) {
+        const long n = k * w.stages + second;
+        velocity(w, b, e, first, n, x, v, k, second);
+        memset(b.d_head, 0, size_t(b.rows * w.net.pad_out) * 4);
+        for (long r = 0; r < b.rows; r++) {
+          const Velocity how = w.net.prediction == VELOCITY ? Velocity{w.net.scale, 0.0f} : Velocity::at(w.net, w.time(row + r, k, second));
+          for (long j = 0; j < D; j++) {
+            b.d_head[r * w.net.pad_out + j] = how.times_head * d_v[r * D + j];
+            to[r * D + j] += how.times_x * d_v[r * D + j];
+          }
+        }
+        b.backward(n, sums, true, of_rows.features != nullptr);
+        b.state_gradient(x, to);
+        of_rows.take(w, b, row, n, more);
+        more = true;
+      };
+      for (long k = w.K - 1; k >= 0; k--) {
+        if (d_noise) memcpy(d_noise + k * count + row * D, d_x, size_t(size) * 4);
+        const float* x = path + k * count + row * D;
+        if (w.stages == 2) {
+          for (long i = 0; i < size; i++) d_v[i] = w.b_2 * w.width(row + i / D) * d_x[i], d_at[i] = 0.0f;
+          back(stages + k * count + row * D, k, true, d_at);
+          for (long i = 0; i < size; i++) d_v[i] = w.width(row + i / D) * (w.b_1 * d_x[i] + w.a * d_at[i]), d_x[i] += d_at[i];
+        } else {
+          for (long i = 0; i < size; i++) d_v[i] = w.width(row + i / D) * d_x[i];
+        }
+        back(x, k, false, d_x);
+        for (long i = 0; grad_path && i < size; i++) d_x[i] += grad_path[k * count + row * D + i];
+      }
+      b.cond_gradient(with_weights, of_rows.cond ? of_rows.cond + row * w.net.C : nullptr);
+      if (d_x_0) memcpy(d_x_0 + row * D, d_x, size_t(size) * 4);
+    }
+    chunks.finish(task);
+    own_buffers.trim(KEEP);
+  });
+  chunks.join();
+  packed_weights.trim(KEEP);
+}
+
+// Losses --------------------------------------------------------------------------------------------------------------
+
+struct Loss : Call {
+  bool interpolate;
+  float keep;  // 1 - sigma_min
+  const float *a, *b, *t;
+
+  explicit Loss(Arguments& g) : Call(g) {
+    interpolate = g.integer() != 0;
+    keep = float(1.0 - *g.reals++);
+    a = g.pointer<float>(), b = g.pointer<float>(), t = g.pointer<float>();
+  }
+};
+
+// The block's rows: their point x, and error [rows, D] of the velocity there.
+template <bool BF>
+void errors(const Loss& w, Block<BF>& b, long e, long first, float* x, float* error) {
+  const long D = w.net.D, row = e * w.M + first;
+  for (long r = 0; r < b.rows; r++)
+    for (long j = 0; j < D; j++) {
+      const long i = (row + r) * D + j;
+      x[r * D + j] = w.interpolate ? (1.0f - w.keep * w.t[row + r]) * w.a[i] + w.t[row + r] * w.b[i] : w.a[i];
+    }
+  b.set_cond(w.cond_of(e), first, w.S);
+  b.set_time(w.features + e * w.features_e + first * w.features_m, w.features_m);
+  b.set_state(x);
+  b.forward(0, w.net.film() ? w.film_of(e) : nullptr, w.film_b, first, w.S);
+  for (long r = 0; r < b.rows; r++) {
+    const Velocity how = Velocity::at(w.net, w.t[row + r]);
+    for (long j = 0; j < D; j++) {
+      const long i = (row + r) * D + j;
+      float v = how.times_head * b.head[r * w.net.pad_out + j];
+      if (how.times_x != 0.0f) v += how.times_x * x[r * D + j];
+      error[r * D + j] = v - (w.interpolate ? w.b[i] - w.keep * w.a[i] : w.b[i]);
+    }
+  }
+}
+
+template <bool BF>
+void loss(Arguments& g) {
+  const Loss w(g);
+  float* losses = g.pointer<float>();
+  const auto packed = pack_weights<BF>(w, false);
+  const long D = w.net.D, most = std::max<long>(ROWS, round_up((w.E * w.M + w.threads - 1) / w.threads, ROWS));
+  const long block = std::min(w.block(), most), blocks = (w.M + block - 1) / block;
+  for_all(w.E * blocks, w.threads, [&](long task) {
+    const long e = task / blocks, first = task % blocks * block;
+    Block<BF> b(w.net);
+    float *x, *error;
+    own_buffers.hold([&](Arena& a) {
+      b.lay(a, block, false, false);
+      x = a.take(block * D), error = a.take(block * D);
+    });
+    b.w = &packed[size_t(e)], b.rows = std::min(block, w.M - first);
+    errors(w, b, e, first, x, error);
+    for (long r = 0; r < b.rows; r++) {
+      float sum = 0.0f;
+      for (long j = 0; j < D; j++) sum += error[r * D + j] * error[r * D + j];
+      losses[e * w.M + first + r] = sum / float(D);
+    }
+    own_buffers.trim(KEEP);
+  });
+  packed_weights.trim(KEEP);
+}
+
+template <bool BF>
+void loss_bwd(Arguments& g) {
+  const Loss w(g);
+  const bool with_weights = g.integer() != 0;
+  const float* grad = g.pointer<float>();  // [E, M]
+  float *d_a = g.pointer<float>(), *d_b = g.pointer<float>();
+  const RowGradients of_rows(g);
+  Chunks<BF> chunks(w, g, with_weights);
+  const auto packed = pack_weights<BF>(w, true);
+  const long D = w.net.D, block = w.block();
+  for_all(w.E * chunks.chunks, w.threads, [&](long task) {
+    const long e = task % w.E, from = task / w.E * chunks.rows, to = std::min(w.M, from + chunks.rows);
+    Block<BF> b(w.net);
+    float *x, *error, *d_x;
+    own_buffers.hold([&](Arena& a) {
+      b.lay(a, block, false, true);
+      x = a.take(block * D), error = a.take(block * D), d_x = a.take(block * D);
+    });
+    b.w = &packed[size_t(e)], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
+    chunks.begin(task);
+    for (long first = from; first < to; first += block) {
+      const long row = e * w.M + first;
+      b.rows = std::min(block, to - first);
+      errors(w, b, e, first, x, error);
+      if (w.net.cond()) memset(b.d_base, 0, size_t(b.rows * w.net.layers[0].pad) * 4);
+      memset(b.d_head, 0, size_t(b.rows * w.net.pad_out) * 4);
+      for (long r = 0; r < b.rows; r++) {
+        const Velocity how = Velocity::at(w.net, w.t[row + r]);
+        for (long j = 0; j < D; j++) {
+          float& d_error = error[r * D + j];
+          d_error *= 2.0f / float(D) * grad[row + r];
+          b.d_head[r * w.net.pad_out + j] = how.times_head * d_error;
+          d_x[r * D + j] = how.times_x * d_error;
+        }
+      }
+      const bool with_state = d_a || (d_b && w.interpolate);
+      b.backward(0, with_weights, with_state, of_rows.features != nullptr);
+      if (with_state) b.state_gradient(x, d_x);
+      of_rows.take(w, b, row, 0, false);
+      b.cond_gradient(with_weights, of_rows.cond ? of_rows.cond + row * w.net.C : nullptr);
+      for (long r = 0; r < b.rows; r++)
+        for (long j = 0; j < D; j++) {
+          const long i = (row + r) * D + j;
+          const float t = w.t[row + r], to_x = d_x[r * D + j], d_error = error[r * D + j];
+          // The target is b - keep a, or b itself.
+          if (d_a) d_a[i] = w.interpolate ? (1.0f - w.keep * t) * to_x + w.keep * d_error : to_x;
+          if (d_b) d_b[i] = w.interpolate ? t * to_x - d_error : -d_error;
+        }
+    }
+    chunks.finish(task);
+    own_buffers.trim(KEEP);
+  });
+  chunks.join();
+  packed_weights.trim(KEEP);
+}
+
+using Operator = void (*)(Arguments&);
+int run(Operator what, const int64_t* ints, const double* reals, void* const* pointers) {
+  try {
+    Arguments arguments{ints, reals, pointers};
+    what(arguments);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  } catch (...) {
+    return 2;
+  }
+}
+
+}  // namespace
+
+// The first integer says whether products take bfloat16.
+extern "C" {
+int fastflow_walk(const int64_t* i, const double* r, void* const* p) { return run(*i ? walk<true> : walk<false>, i + 1, r, p); }
+int fastflow_walk_bwd(const int64_t* i, const double* r, void* const* p) { return run(*i ? walk_bwd<true> : walk_bwd<false>, i + 1, r, p); }
+int fastflow_loss(const int64_t* i, const double* r, void* const* p) { return run(*i ? loss<true> : loss<false>, i + 1, r, p); }
+int fastflow_loss_bwd(const int64_t* i, const double* r, void* const* p) { return run(*i ? loss_bwd<true> : loss_bwd<false>, i + 1, r, p); }
+// Width of vectors in floats, whether bfloat16 products are there, whether threads are.
+int fastflow_lanes() { return LANES; }
+int fastflow_bf16() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+int fastflow_threads() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+}

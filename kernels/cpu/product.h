@@ -1,0 +1,126 @@
+// Matrix products of a block of rows: register tiles of ROWS x COLS sums over packed weights.
+//
+// A row's result has the same bits whatever rows it is computed with: its sum runs over the summed axis in order.
+
+#pragma once
+
+#include <algorithm>
+
+#include "vector.h"
+
+INLINE long round_up(long n, long to) { return (n + to - 1) / to * to; }
+template <bool BF>
+INLINE long units(long n) { return BF ? (n + 1) / 2 : n; }
+
+// Panels [columns / COLS][units(summed)][COLS] of a matrix [summed, columns] with row stride `ld`, or of its transpose;
+// zeros pad the last panel and an odd last pair.
+template <bool BF>
+void pack(uint32_t* to, const float* w, long ld, long summed, long columns, bool transposed) {
+  const long step = transposed ? ld : 1, along = transposed ? 1 : ld, ku = units<BF>(summed);
+  for (long n0 = 0; n0 < columns; n0 += COLS, to += ku * COLS) {
+    const long wide = std::min<long>(COLS, columns - n0);
+    for (long u = 0; u < ku; u++) {
+      for (long j = 0; j < COLS; j++) {
+        if (!BF) {
+          float x = j < wide ? w[u * along + (n0 + j) * step] : 0.0f;
+          memcpy(to + u * COLS + j, &x, 4);
+        } else {
+          const float* at = w + 2 * u * along + (n0 + j) * step;
+          uint32_t low = j < wide ? bf16(at[0]) : 0;
+          uint32_t high = j < wide && 2 * u + 1 < summed ? bf16(at[along]) : 0;
+          to[u * COLS + j] = low | high << 16;
+        }
+      }
+    }
+  }
+}
+template <bool BF>
+INLINE long packed_size(long summed, long columns) { return round_up(columns, COLS) * units<BF>(summed); }
+
+// Where a product's sums begin: at 0, at a row of `row` (shared by all rows), at rows of `rows`, or at their sum.
+struct Begin {
+  const float* row = nullptr;
+  const float* rows = nullptr;
+  long ld = 0;
+};
+
+template <bool BF, int M>
+INLINE void tile(long ku, const uint32_t* a, long along_rows, long along_sum, const uint32_t* b, long ldb, Vec (&c)[M][2]) {
+  for (long u = 0; u < ku; u++, a += along_sum, b += ldb) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++) {
+      c[i][0] = fma_unit<BF>(c[i][0], a + i * along_rows, b);
+      c[i][1] = fma_unit<BF>(c[i][1], a + i * along_rows, b + LANES);
+    }
+  }
+}
+
+template <bool BF, int M>
+void forward_tile(long ku, const uint32_t* a, long lda, const uint32_t* w, float* c, long ldc, Begin from, long n0) {
+  Vec sums[M][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < 2; j++) {
+      Vec x = {};
+      if (from.row) x += load(from.row + n0 + j * LANES);
+      if (from.rows) x += load(from.rows + i * from.ld + n0 + j * LANES);
+      sums[i][j] = x;
+    }
+  tile<BF, M>(ku, a, lda, 1, w, COLS, sums);
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < 2; j++) store(c + i * ldc + n0 + j * LANES, sums[i][j]);
+}
+
+// c [rows, columns] = begin + a [rows, summed] @ packed. Rows of c, of a begin and of packed panels are padded to COLS.
+template <bool BF>
+void product(long rows, long columns, long ku, const uint32_t* a, long lda, const uint32_t* packed, float* c, long ldc, Begin from) {
+  for (long n0 = 0; n0 < columns; n0 += COLS, packed += ku * COLS) {
+    long r = 0;
+    auto run = [&](auto tile_rows) {
+      constexpr int M = decltype(tile_rows)::value;
+      for (; rows - r >= M; r += M) {
+        Begin at = from;
+        if (at.rows) at.rows += r * at.ld;
+        forward_tile<BF, M>(ku, a + r * lda, lda, packed, c + r * ldc, ldc, at, n0);
+      }
+    };
+    run(std::integral_constant<int, ROWS>());
+    if (ROWS > 6) run(std::integral_constant<int, 6>());
+    run(std::integral_constant<int, 3>());
+    run(std::integral_constant<int, 1>());
+  }
+}
+
+template <bool BF, int M>
+void outer_tile(long ru, const uint32_t* a, long lda, const uint32_t* d, long ldd, float* w, long ldw, long wide) {
+  Vec sums[M][2] = {};
+  tile<BF, M>(ru, a, 1, lda, d, ldd, sums);
+  for (int i = 0; i < M; i++, w += ldw) {
+    if (wide >= COLS) {
+      store(w, load(w) + sums[i][0]);
+      store(w + LANES, load(w + LANES) + sums[i][1]);
+    } else {
+      float t[COLS];
+      memcpy(t, sums[i], sizeof t);
+      for (long j = 0; j < wide; j++) w[j] += t[j];
+    }
+  }
+}
+
+// w [inputs, columns] += a^T d, summed over `ru` units of rows; a [ru, inputs] and d [ru, columns] hold units.
+template <bool BF>
+void outer(long ru, long inputs, long columns, const uint32_t* a, long lda, const uint32_t* d, long ldd, float* w, long ldw) {
+  for (long n0 = 0; n0 < columns; n0 += COLS) {
+    long k = 0;
+    auto run = [&](auto tile_rows) {
+      constexpr int M = decltype(tile_rows)::value;
+      for (; inputs - k >= M; k += M)
+        outer_tile<BF, M>(ru, a + k, lda, d + n0, ldd, w + k * ldw + n0, ldw, columns - n0);
+    };
+    run(std::integral_constant<int, ROWS>());
+    if (ROWS > 6) run(std::integral_constant<int, 6>());
+    run(std::integral_constant<int, 3>());
+    run(std::integral_constant<int, 1>());
+  }
+}
