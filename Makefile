@@ -7,8 +7,8 @@ TRITONS := 3.6.0 3.9.0
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal -p no:benchmark
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# The processes of a test run share the cores among themselves.
-test bench: export OMP_NUM_THREADS = 1
+# The processes of a test run share the cores among themselves; those of a benchmark come one after the other.
+test: export OMP_NUM_THREADS = 1
 
 ifeq ($(shell uname -sm),Linux x86_64)
 AOT := $(TRITONS:%=.triton/%/.complete)
@@ -19,7 +19,7 @@ endif
 help:
 	@echo 'make demo    collect data, train floq and draw its figure, on the CPU or a GPU (within 10 minutes)'
 	@echo 'make test    run the tests; those that need a GPU are skipped and counted where there is none'
-	@echo 'make bench   run the benchmarks on this machine'
+	@echo 'make bench   measure against JAX, torch.compile and eager PyTorch on this machine (within 15 minutes on two cores)'
 	@echo 'make gpu     on a machine with CUDA and no network: test and measure the kernels with the torch that is there'
 	@echo 'make lint    check style and types'
 	@echo 'make clean   remove what the other targets have made here, results in runs/ and demo/ excepted'
@@ -31,9 +31,14 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev $(AOT)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group --benchmark-sort=mean \
-		--benchmark-columns=min,median,iqr,rounds --benchmark-autosave
+# On a CPU the table says more than pytest-benchmark's groups, and torch.compile's share of both would take too long.
+bench: $(VENV)/.installed-rivals
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group --benchmark-sort=mean \
+			--benchmark-columns=min,median,iqr,rounds --benchmark-autosave; \
+	else \
+		$(BIN)/python -m benchmarks.cpu $(BENCH_ARGS); \
+	fi
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
@@ -110,6 +115,10 @@ $(VENV)/.installed-dev: $(VENV)/.created setup.py pyproject.toml constraints.txt
 	$(call install,dev)
 	@# [dev] holds what the demo needs.
 	@touch $(VENV)/.installed-demo
+
+# What `make bench` compares with; nothing else needs it.
+$(VENV)/.installed-rivals: $(VENV)/.installed-dev
+	$(call install,dev$(comma)rivals)
 
 comma := ,
 

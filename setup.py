@@ -60,7 +60,8 @@ setup(
     extras_require={
         "rl": rl,
         "plot": plot,
-        "rivals": ["jax>=0.4.30", "torchdiffeq>=0.2.4"],
+        # What the benchmarks compare with, and the figure that they draw.
+        "rivals": ["jax>=0.4.30", "torchdiffeq>=0.2.4", *plot],
         "dev": [*dev, *rl, *plot],
     },
     entry_points={"console_scripts": ["fastflow = fastflow.cli:main"]},

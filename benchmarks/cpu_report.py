@@ -2,14 +2,15 @@
 
 Keys of the file (FORMAT 1):
     format, kind ("cpu"), profile, started, seconds, complete
-    hardware      cpu, cpu_cores, flags {name: bool}, load (of the last minute before and after)
+    hardware      cpu, cpu_cores, flags {name: bool}
     software      versions, compiler
     repository    commit, dirty, sources
     table         a list of rows: title, measurement, precision, threads, processors, runs (what fastflow ran),
                   fastflow_us {median, p20, p80}, errors, and vs {rival: goal, against, median_us, ratio, p20, p80, met}
-    measurements  by name: title, threads, processors, load_before, load_after, seconds, skipped, and entrants with
-                  rival, variant, precision, accurate, errors and eager_errors against float64, note, median_us, p20_us,
-                  p80_us, rounds, calls_per_round, and times: how many times as long as each fastflow
+    measurements  by name: title, threads, processors, others (how many processors other programs took while the clock
+                  ran), seconds, skipped, and entrants with name, rival, variant, precision, accurate, errors and
+                  eager_errors against float64, note, prepare_seconds, median_us, p20_us, p80_us, spread, rounds,
+                  calls_per_round, and times: how many times as long as each fastflow
     curves        the same, of the figure's points
     skipped       what was left out, and why
 """
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,23 +31,20 @@ from benchmarks.cpu_rows import RIVAL_NAMES, TABLE, Row
 from fastflow.atomic import atomic_write
 
 FORMAT = 1
+# Processors that other programs took, above which a reader is told.
+DISTURBED = 0.15
 HEADINGS = {"jax": "JAX jit fp32", "compile": "torch.compile fp32", "eager": "eager"}
 
 
 def new(profile: str) -> dict[str, Any]:
     """A report of a run that begins now."""
     facts = machine.facts(torch.device("cpu"))
-    facts["hardware"] |= {"flags": machine.cpu_flags(), "load": {"before": load(), "after": None}}
+    facts["hardware"]["flags"] = machine.cpu_flags()
     facts["software"] |= {"compiler": machine.compiler(), "torchdiffeq": machine.version("torchdiffeq")}
     now = datetime.datetime.now(datetime.timezone.utc)
     head = {"format": FORMAT, "kind": "cpu", "profile": profile, "started": now.isoformat(timespec="seconds")}
     results: dict[str, Any] = {"table": [], "measurements": {}, "curves": {}, "skipped": []}
     return head | {"seconds": 0.0, "complete": False} | facts | results
-
-
-def load() -> float | None:
-    """How many processes have wanted a processor over the last minute."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def stem(report: Mapping[str, Any]) -> str:
@@ -101,6 +98,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     if plain:
         share = f"{len(plain)} of {len(report['table'])} rows"
         lines += [f"fastflow ran plain PyTorch, for want of a kernel, in {share}.", ""]
+    disturbed = [name for name, measured in report["measurements"].items() if (measured["others"] or 0) > DISTURBED]
+    if disturbed:
+        lines += [f"Other programs ran meanwhile, which slows several threads most: {', '.join(disturbed)}.", ""]
     lines += ["| measurement | threads | medians |", "|---|---|---|"]
     for name, measured in report["measurements"].items():
         timed = [entrant for entrant in measured["entrants"] if "median_us" in entrant]

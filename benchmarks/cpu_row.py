@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ROUNDS = 15
 BATCH_SECONDS = 0.02
+# Before the clock starts: wait so many seconds at most for other programs to use less than this many processors.
+CALM_SECONDS, CALM = 10.0, 0.15
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +62,39 @@ def confine(threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
 
 
+class Others:
+    """What other programs do from now on."""
+
+    def __init__(self) -> None:
+        # Not above: with it comes torch, whose threads are not to be counted before `confine`.
+        from benchmarks.machine import busy_seconds
+
+        self.read = busy_seconds
+        self.began, self.busy, self.own = time.monotonic(), busy_seconds(), time.process_time()
+
+    def processors(self) -> float | None:
+        """How many processors they have used; None where that cannot be known."""
+        now = self.read()
+        if now is None or self.busy is None:
+            return None
+        used = now - self.busy - (time.process_time() - self.own)
+        return round(max(used, 0.0) / max(time.monotonic() - self.began, 1e-9), 2)
+
+
+def wait_for_calm(seconds: float) -> None:
+    """Return when other programs leave the processors alone, at the latest after so many seconds.
+
+    Threads that wait for one another by spinning, as OpenMP's do, are slowed a hundredfold by a program that takes one
+    of their processors.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        others = Others()
+        time.sleep(min(1.0, seconds))
+        if (others.processors() or 0.0) < CALM:
+            return
+
+
 def measure(measurement: Measurement, share: float = 1.0, rounds: int = ROUNDS) -> dict[str, Any]:
     """Prepare and check every entrant, then time all that are right in turn.
 
@@ -84,7 +119,7 @@ def measure(measurement: Measurement, share: float = 1.0, rounds: int = ROUNDS) 
         "title": measurement.title,
         "threads": torch.get_num_threads(),
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_before": _load(),
+        "others": None,
         "entrants": [],
         "skipped": [],
     }
@@ -117,7 +152,10 @@ def measure(measurement: Measurement, share: float = 1.0, rounds: int = ROUNDS) 
     timings = {}
     if ready:
         entries = [done.entry(name) for name, done in ready.items()]
+        wait_for_calm(CALM_SECONDS * share)
+        others = Others()
         timings = Timer(CPU, BATCH_SECONDS).measure(entries, rounds, measurement.seconds * share)
+        out["others"] = others.processors()
     for row in out["entrants"]:
         timing = timings.get(row["name"])
         if timing is not None:
@@ -126,12 +164,7 @@ def measure(measurement: Measurement, share: float = 1.0, rounds: int = ROUNDS) 
             row["times"] = {
                 name: ratios(timing, other) for name, other in timings.items() if name.startswith("fastflow ")
             }
-    return out | {"load_after": _load(), "seconds": round(time.monotonic() - began, 1)}
-
-
-def _load() -> float | None:
-    """How many processes have wanted a processor over the last minute."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return out | {"seconds": round(time.monotonic() - began, 1)}
 
 
 if __name__ == "__main__":

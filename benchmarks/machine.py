@@ -103,6 +103,16 @@ def cpu_flags() -> dict[str, bool]:
     return {name: name in found for name in CPU_FLAGS} if found else {}
 
 
+def busy_seconds() -> float | None:
+    """Processor seconds that all processes of this machine have used since it started, and its host's besides."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:]
+        user, nice, system, _, _, interrupts, soft_interrupts, stolen = map(int, fields[:8])
+        return (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def compiler() -> str | None:
     """First line of what the C++ compiler says of itself."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):

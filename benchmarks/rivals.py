@@ -145,13 +145,8 @@ def eager_batched(problem: Problem, precision: str) -> Variant:
     case, spec = problem.case, problem.case.spec
     if spec.ensemble is None or not isinstance(spec.architecture, ff.MLP) or spec.norm_first or spec.time_sizes:
         raise Skipped("batched products are written for ensembles of plain MLPs")
-    if (
-        case.kind == "velocity"
-        or case.pairs
-        or case.method != "euler"
-        or case.end_times
-        or spec.prediction != "velocity"
-    ):
+    other = case.kind == "velocity" or case.pairs or case.method != "euler" or case.end_times
+    if other or spec.prediction != "velocity":
         raise Skipped("batched products are written for Euler walks to 1 and flow-matching losses")
     parts = spec.parts(problem.field.parameter_list())
 

@@ -178,9 +178,7 @@ class _Call:
     ) -> None:
         films = self.spec.film_sizes
         film_inputs = films[0][0] if films else 0
-        cpu.call(
-            name, self.net, film_inputs, (*self.ints(evaluations), *ints), reals, (*self.tensors(), *tensors)
-        )
+        cpu.call(name, self.net, film_inputs, (*self.ints(evaluations), *ints), reals, (*self.tensors(), *tensors))
 
 
 class _Gradients:
@@ -205,8 +203,8 @@ class _Gradients:
             self.features = empty(*shape)
         self.parameters: list[Tensor] = []
         if needs_weights:
-            # FiLM's weights hold rows that the native code does not write.
-            make = torch.zeros_like if spec.film else torch.empty_like
+            # The native code does not write what is prepared.
+            make = torch.zeros_like if call.prepared else torch.empty_like
             self.parameters = [make(p) for p in call.parameters]
 
     def tensors(self) -> list[Tensor | None]:

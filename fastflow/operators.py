@@ -764,10 +764,10 @@ def _(
 def _matching_setup(ctx: Any, inputs: Any, output: Any) -> None:
     a, b, t, cond, parameters, seed, ids, key, precision, *path, runner, save, invariant = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, t, cond, seed, ids, *parameters, *(output[1:] if runner != "reference" and save else ()))
+    ctx.saved, ctx.invariant, ctx.count = runner != "reference" and save, invariant, len(parameters)
+    ctx.save_for_backward(a, b, t, cond, seed, ids, *parameters, *(output[1:] if ctx.saved else ()))
     # Backward multiplies in what forward multiplied in, whatever torch's settings are by then.
     ctx.options = (key, _concrete(precision), *path, runner)
-    ctx.saved, ctx.invariant, ctx.count = runner != "reference" and save, invariant, len(parameters)
 
 
 def _matching_grad(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:

@@ -21,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # benchmarks/ is not installed; `pytest` without `python -m` does not look for it here.
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu, limited, machine, measure  # noqa: E402
+from benchmarks import cpu, cpu_figure, cpu_report, cpu_row, gpu, limited, machine, measure  # noqa: E402
 from benchmarks.cases import CASES, PAPER_CASES, UPDATES, Case, worst  # noqa: E402
+from benchmarks.cpu_rows import MEASUREMENTS, TABLE, curve  # noqa: E402
+from benchmarks.floq_update import first_noises  # noqa: E402
 from benchmarks.rivals import RIVALS, Skipped, Variant, check, eager, global_precision  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -581,3 +583,176 @@ def test_a_folder_that_cannot_be_made_is_named(run_command, tmp_path):
     done = run_command("benchmarks.gpu", "--allow-cpu", "--small", "--output", str(tmp_path / "below"))
     assert done.returncode == 2
     assert "--output" in done.stderr
+
+
+# The CPU table ------------------------------------------------------------------------------------------------------
+
+
+def shrunk(name, *rivals):
+    """The measurement, small, with some of its entrants alone."""
+    small = MEASUREMENTS[name].shrunk()
+    return dataclasses.replace(small, ways=tuple(way for way in small.ways if way[0] in rivals))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """All measurements of the CPU table, small, fastflow and eager PyTorch alone."""
+    names = ("fastflow", "eager", "eager baddbmm")
+    return {name: cpu_row.measure(shrunk(name, *names), share=0.0, rounds=3) for name in MEASUREMENTS}
+
+
+def test_goals_of_the_cpu_table():
+    goals = [(row.measurement, row.precision, row.goal["jax"], row.goal["compile"], row.goal["eager"]) for row in TABLE]
+    assert goals == [
+        ("walk-2x2048", "bf16", 3, 3.5, 5),
+        ("walk-2x2048", "fp32", 1.1, 1.25, 1.8),
+        ("walk-2x256", "bf16", 3, 3, 4),
+        ("fpo-walk-16", "fp32", 1, 1.5, 4),
+        ("fpo-walk-1", "fp32", 1, 1.5, 4),
+        ("loss-2x2048", "bf16", 2.5, 2.5, 3),
+        ("update-cube-double-depth2", "bf16", 2.5, 2, 3),
+        ("update-cube-double-depth4", "bf16", 2.5, 2, 3),
+        ("update-demo", "fp32", 1, 1.5, 3),
+        ("update-td2", "fp32", 2, 1.5, 2.5),
+    ]
+    assert {row.measurement for row in TABLE} == set(MEASUREMENTS)
+    for row in TABLE:
+        m = MEASUREMENTS[row.measurement]
+        kinds = {(rival, precision) for rival, _, precision in m.ways}
+        assert kinds >= {("fastflow", row.precision), *((rival, "fp32") for rival in row.goal)}
+    assert [m.threads for m in MEASUREMENTS.values() if m.threads] == [1]
+
+
+def test_sizes_of_the_cpu_table():
+    sizes = {name: (m.case.rows, m.case.num_steps) for name, m in MEASUREMENTS.items() if isinstance(m.case, Case)}
+    walks = {"walk-2x2048": (2048, 8), "walk-2x256": (256, 8), "fpo-walk-16": (16, 10), "fpo-walk-1": (1, 10)}
+    assert sizes == {**walks, "loss-2x2048": (2048, 1)}
+    demo = MEASUREMENTS["update-demo"].case.config()
+    assert (demo.block_width, demo.block_depth, demo.batch_size) == (64, 2, 256)
+    assert (demo.noise_samples, demo.critic_flow_steps) == (1, 8)
+    assert [MEASUREMENTS[f"update-cube-double-depth{d}"].case.config().block_depth for d in (2, 4)] == [2, 4]
+    assert [point.case.num_steps for point in curve("steps")] == [2, 16, 32, 64, 1, 4, 8]
+
+
+def test_rows_of_the_cpu_table_are_measured(measured):
+    rows = cpu_report.table(measured)
+    assert [row["title"] for row in rows] == [row.title for row in TABLE]
+    for row in rows:
+        assert row["fastflow_us"]["p20"] <= row["fastflow_us"]["median"] <= row["fastflow_us"]["p80"]
+        assert row["vs"]["eager"]["against"] == "eager fp32" and row["vs"]["eager"]["ratio"] > 0
+        assert row["vs"]["jax"]["ratio"] is None and not row["vs"]["jax"]["met"]
+        assert "kernel" in row["runs"]
+    for result in measured.values():
+        assert not result["skipped"] or "batched products" in str(result["skipped"])
+        for entrant in result["entrants"]:
+            assert entrant["accurate"] and entrant["median_us"] > 0
+            assert entrant["errors"].keys() == entrant["eager_errors"].keys()
+
+
+@pytest.mark.parametrize("name", ["walk-2x256", "fpo-walk-16", "loss-2x2048", "update-td2"])
+def test_jax_takes_part_in_the_cpu_table(name):
+    pytest.importorskip("jax")
+    small = shrunk(name, "jax")
+    # One way of several: to compile all takes long.
+    small = dataclasses.replace(small, ways=small.ways[:1])
+    result = cpu_row.measure(small, share=0.0, rounds=3)
+    assert not result["skipped"]
+    assert [entrant["name"] for entrant in result["entrants"]] == ["jax scan fp32"]
+
+
+def test_a_goal_is_against_the_fastest_of_its_kind_in_fp32():
+    def entrant(rival, variant, precision, times):
+        name = " ".join(filter(None, (rival, variant, precision)))
+        medians = {f"{key}_us": 100.0 * times for key in ("median", "p20", "p80")}
+        quotients = {"fastflow bf16": {"median": times, "p20": times, "p80": times}}
+        own = {"name": name, "rival": rival, "precision": precision, "times": quotients, "note": "", "errors": {}}
+        return own | medians
+
+    others = [("jax", "scan", "fp32", 4.0), ("jax", "unrolled", "fp32", 3.5), ("jax", "scan", "bf16", 1.0)]
+    entrants = [entrant(*other) for other in (("fastflow", "", "bf16", 1.0), *others, ("eager", "", "fp32", 4.9))]
+    result = {"entrants": entrants, "threads": 2, "processors": 2}
+    row = cpu_report.table({"walk-2x2048": result})[0]
+    assert (row["vs"]["jax"]["against"], row["vs"]["jax"]["ratio"]) == ("jax unrolled fp32", 3.5)
+    assert [row["vs"][rival]["met"] for rival in ("jax", "compile", "eager")] == [True, False, False]
+
+
+def test_the_cpu_tables_files_hold_what_is_documented(measured, tmp_path):
+    pytest.importorskip("matplotlib")
+    report = cpu_report.new("full")
+    report["measurements"] = measured
+    report["curves"] = {f"curve-{axis}-{n}": measured["walk-2x256"] for axis in cpu_figure.PANELS for n in (1, 4)}
+    report["table"] = cpu_report.table(measured)
+    report["skipped"] = [{"where": "somewhere", "reason": "for a test"}]
+    path = cpu_report.write(report, tmp_path / "results")
+    assert re.fullmatch(r"cpu-[a-z0-9-]+-\d+-cores-\d{4}-\d\d-\d\d\.json", path.name)
+    read = json.loads(path.read_text(encoding="utf-8"))
+    assert all(re.search(rf"\b{key}\b", cpu_report.__doc__) for key in read)
+    assert set(read["hardware"]) >= {"cpu", "cpu_cores", "flags"}
+    assert set(read["software"]) >= {"python", "torch", "jax", "numpy", "compiler"}
+    vs = {"goal", "against", "median_us", "ratio", "p20", "p80", "met"}
+    for row in read["table"]:
+        assert set(row) >= {"title", "measurement", "precision", "threads", "processors", "errors"}
+        assert set(row) >= {"runs", "fastflow_us", "vs"}
+        assert all(set(found) == vs for found in row["vs"].values())
+    for result in read["measurements"].values():
+        assert set(result) >= {"title", "threads", "processors", "others", "seconds", "skipped"}
+        for entrant in result["entrants"]:
+            assert set(entrant) >= {"rival", "variant", "precision", "accurate", "errors", "eager_errors", "note"}
+            assert set(entrant) >= {"median_us", "p20_us", "p80_us", "rounds", "calls_per_round", "times"}
+    printed = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert all(row.title in printed for row in TABLE) and "3.5x: not timed" in printed and "for a test" in printed
+    cpu_figure.draw(report, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, path.with_suffix(".md").name]
+
+
+def test_cpu_command_from_end_to_end(run_command, tmp_path):
+    options = ["--quick", "--only", "^fpo-walk-1$", "--threads", "1"]
+    done = run_command("benchmarks.cpu", *options, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*-quick-only-fpo-walk-1.json")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["complete"] and list(report["measurements"]) == ["fpo-walk-1"]
+    assert report["measurements"]["fpo-walk-1"]["threads"] == 1
+    assert str(path) in done.stdout and "| FPO sampler, 1 row" in done.stdout
+    assert cpu.main(["--only", "no such measurement"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--only", "("], "--only must be a regular expression"), (["--threads", "0"], "--threads must be a positive")],
+)
+def test_bad_arguments_of_the_cpu_command_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cpu.parse(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_jax_updates_of_floq_have_the_agents_losses():
+    jax = pytest.importorskip("jax")
+    from benchmarks import jax_floq
+
+    case = UPDATES["update-cube-double-depth4"].shrunk()
+    case = dataclasses.replace(case, options={**case.options, "q_agg": "min", "normalize_q_loss": True})
+    batches = case.batches(CPU, 3)
+    noises, agent = first_noises(case, batches), case.agent(CPU, "reference", "fp32")
+    jax_agent = jax_floq.JaxFloq(agent)
+    for batch, noise in zip(batches, noises, strict=True):
+        # The agent draws what `first_noises` did: their generators begin alike.
+        expected = {name: float(value) for name, value in agent.update(batch).items()}
+        given = jax_floq.arrays(batch), jax_floq.arrays(noise)
+        metrics = {name: float(value) for name, value in jax_agent.update(*given).items()}
+        assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    drawn = jax.eval_shape(jax_agent.draw, jax_agent.state["key"], given[0])
+    assert {name: x.shape for name, x in drawn.items()} == {name: x.shape for name, x in given[1].items()}
+
+
+def test_jax_does_not_pass_over_what_it_lacks():
+    pytest.importorskip("jax")
+    from benchmarks import jax_floq
+
+    case = UPDATES["update-demo"].shrunk()
+    case = dataclasses.replace(case, options={**case.options, "lr_decay_steps": 10})
+    with pytest.raises(ValueError, match="constant learning rate"):
+        jax_floq.JaxFloq(case.agent(CPU))

@@ -5,22 +5,12 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
-from conftest import HAS_GPU, assert_close_rms, assert_pass_as_accurate, products, rms
-from networks import (
-    SPECS,
-    WALK_FACTORS,
-    in_float64,
-    name_of,
-    pairwise,
-    random_field,
-    random_inputs,
-    spec_of,
-    to_float64,
-)
+from conftest import HAS_GPU, assert_close_rms, rms
+from networks import SPECS, WALK_FACTORS, in_float64, name_of, pairwise, random_field, random_inputs, spec_of
+from passes import compare_walk, walk_and_gradients, walk_options
 
 import fastflow as ff
 
@@ -35,74 +25,32 @@ WALKS = pairwise(WALK_FACTORS)
 pytestmark = pytest.mark.poison
 
 
-def walk_and_gradients(field, inputs, **options) -> dict[str, torch.Tensor]:
-    """The displacement (what the walk computed), and the gradient of a sum over every x_k with uneven weights."""
-    x_0 = inputs["x_0"].clone().requires_grad_()
-    cond = None if inputs["cond"] is None else inputs["cond"].clone().requires_grad_()
-    noise = options.pop("step_noise", None)
-    noise = None if noise is None else noise.clone().requires_grad_()
-    x = ff.integrate(field, x_0, cond, step_noise=noise, **options)
-    moved = x - x_0
-    found = {"displacement": (moved[1:] if options.get("trajectory") else moved).detach()}
-    leaves = {"x_0": x_0, "cond": cond, "step_noise": noise} | dict(field.named_parameters())
-    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    weights = torch.linspace(-1, 2, x.numel(), dtype=torch.float64).to(x).view_as(x)
-    grads = torch.autograd.grad((x * weights).sum(), list(leaves.values()), materialize_grads=True)
-    return found | dict(zip(leaves, grads, strict=True))
-
-
-def compare(field, inputs, precision, **options) -> None:
-    fused = walk_and_gradients(field, inputs, backend="fused", precision=precision, **options)
-    options.pop("activations", None)
-    with products(precision):
-        eager = walk_and_gradients(field, inputs, backend="reference", precision=precision, **options)
-    options = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    exact = walk_and_gradients(in_float64(field), to_float64(inputs), backend="reference", **options)
-    assert_pass_as_accurate(fused, eager, exact, precision)
-
-
-def walk_options(combination: dict[str, Any], inputs, num_steps: int) -> dict[str, Any]:
-    options: dict[str, Any] = {name: combination[name] for name in ("method", "activations", "trajectory")}
-    # The two predictions divide by 1 - t and t: away from there, or clamped, as the walk goes.
-    first, last = {"velocity": (0.0, 1.0), "endpoint": (0.0, 0.9), "noise": (0.1, 1.0)}[combination["prediction"]]
-    rows = inputs["t"]
-    options |= {
-        "whole": dict(t_0=first, t_1=last),
-        "part": dict(t_0=0.2, t_1=0.7),
-        "backwards": dict(t_0=last, t_1=first),
-        "per-row": dict(t_0=first, t_1=first + (last - first) * rows),
-    }[combination["times"]]
-    if combination["step_noise"]:
-        options["step_noise"] = 0.1 * torch.randn(num_steps, *inputs["x_0"].shape, device=rows.device)
-    return options | dict(num_steps=num_steps)
-
-
 @pytest.mark.parametrize("combination", WALKS, ids=map(name_of, WALKS))
 def test_every_field_and_walk(combination, device):
     spec = spec_of(combination)
     field = random_field(spec, device)
     inputs = random_inputs(spec, 10 if combination["samples"] else 30, combination["samples"], device)
-    compare(field, inputs, combination["precision"], **walk_options(combination, inputs, 2))
+    compare_walk(field, inputs, combination["precision"], **walk_options(combination, inputs, 2))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", SPECS)
 def test_euler_walk_of_every_network(name, precision, device):
     field = random_field(SPECS[name], device)
-    compare(field, random_inputs(SPECS[name], 19, 3, device), precision, num_steps=3)
+    compare_walk(field, random_inputs(SPECS[name], 19, 3, device), precision, num_steps=3)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("batch", [1, 3, 127, 129])
 def test_any_number_of_rows(batch, precision, device):
     spec = SPECS["scalar-identity"]
-    compare(random_field(spec, device), random_inputs(spec, batch, None, device), precision, num_steps=2)
+    compare_walk(random_field(spec, device), random_inputs(spec, batch, None, device), precision, num_steps=2)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 16, 17])
 def test_any_number_of_steps(num_steps, device):
     spec = SPECS["floq"]
-    compare(random_field(spec, device), random_inputs(spec, 4, None, device), "fp32", num_steps=num_steps)
+    compare_walk(random_field(spec, device), random_inputs(spec, 4, None, device), "fp32", num_steps=num_steps)
 
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
@@ -236,7 +184,7 @@ def test_published_sizes_on_a_gpu(precision, device):
         1, 42, (512,) * 4, 2, norm="layer", state_embedding=ff.HLGauss(-101.0, 1.0), time_embedding=ff.Cosine()
     )
     for batch, samples in ((256, 8), (2048, None)):
-        compare(random_field(spec, device), random_inputs(spec, batch, samples, device), precision, num_steps=8)
+        compare_walk(random_field(spec, device), random_inputs(spec, batch, samples, device), precision, num_steps=8)
 
 
 @pytest.mark.gpu

@@ -3,22 +3,11 @@ kernels with one."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from conftest import HAS_GPU, assert_close_rms, assert_pass_as_accurate, products
-from networks import (
-    LOSS_FACTORS,
-    SPECS,
-    in_float64,
-    name_of,
-    pairwise,
-    random_field,
-    random_inputs,
-    spec_of,
-    to_float64,
-)
+from conftest import HAS_GPU, assert_close_rms
+from networks import LOSS_FACTORS, SPECS, name_of, pairwise, random_field, random_inputs, spec_of
+from passes import compare_loss, drawn, loss_and_gradients, loss_options
 
 import fastflow as ff
 
@@ -34,73 +23,23 @@ LOSSES = pairwise(LOSS_FACTORS)
 pytestmark = pytest.mark.poison
 
 
-def loss_and_gradients(
-    field, inputs, backend, precision, point=False, weighted=True, **options: Any
-) -> dict[str, torch.Tensor]:
-    """The loss and the gradients of the start (or point), x_1 (or target), cond, weight and every parameter; with
-    reduction "none", of an uneven sum of the rows."""
-    leaves = {
-        name: inputs[name].clone().requires_grad_()
-        for name in ("x_0", "x_1", "cond", "weight")
-        if isinstance(inputs[name], torch.Tensor) and (name != "weight" or weighted)
-    }
-    x_0, x_1, cond = (leaves.get(name, inputs[name]) for name in ("x_0", "x_1", "cond"))
-    options |= dict(weight=leaves.get("weight"), backend=backend, precision=precision)
-    if point:
-        loss = ff.velocity_matching_loss(field, x_0, inputs["t"], x_1, cond, **options)
-    else:
-        loss = ff.flow_matching_loss(field, x_0, x_1, inputs["t"], cond, **options)
-    scalar = (loss * torch.linspace(-1, 2, loss.numel(), dtype=torch.float64).to(loss).view_as(loss)).sum()
-    leaves |= dict(field.named_parameters())
-    grads = torch.autograd.grad(scalar if loss.dim() else loss, list(leaves.values()))
-    return {"loss": loss.detach()} | dict(zip(leaves, grads, strict=True))
-
-
-def compare(field, inputs, precision, **options) -> None:
-    fused = loss_and_gradients(field, inputs, "fused", precision, **options)
-    with products(precision):
-        eager = loss_and_gradients(field, inputs, "reference", precision, **options)
-    exact = loss_and_gradients(in_float64(field), to_float64(inputs), "reference", None, **options)
-    assert_pass_as_accurate(fused, eager, exact, precision)
-
-
-def drawn(batch: int, samples: int, device) -> ff.PhiloxNoise:
-    ids = torch.arange(batch, device=device) * 977 + 2**33
-    return ff.PhiloxNoise(torch.tensor(-5, device=device), ids, samples)
-
-
 @pytest.mark.parametrize("combination", LOSSES, ids=map(name_of, LOSSES))
 def test_every_field_and_loss(combination, device):
     spec = spec_of(combination)
-    field = random_field(spec, device)
-    start, samples = combination["start"], combination["samples"]
-    if start == "drawn":
-        samples = samples or 1
-    batch = 10 if samples == 3 else 30
-    inputs = random_inputs(spec, batch, samples, device)
-    names = ["dim_reduction", "weighted", "reduction"]
-    if start != "point":
-        names += ["sigma_min", "error"]
-    if start == "drawn":
-        inputs["x_0"] = drawn(batch, samples, device)
-        inputs["t"] = None if combination["prediction"] == "velocity" else inputs["x_0"].t()
-    # The two other predictions divide by 1 - t and t: away from there.
-    if combination["prediction"] != "velocity":
-        inputs["t"] = 0.1 + 0.8 * inputs["t"]
-    options = {name: combination[name] for name in names}
-    compare(field, inputs, combination["precision"], point=start == "point", **options)
+    inputs, options = loss_options(combination, spec, device)
+    compare_loss(random_field(spec, device), inputs, combination["precision"], **options)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", SPECS)
 def test_loss_and_every_gradient_match_reference(name, precision, device):
-    compare(random_field(SPECS[name], device), random_inputs(SPECS[name], 19, 3, device), precision)
+    compare_loss(random_field(SPECS[name], device), random_inputs(SPECS[name], 19, 3, device), precision)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 127, 129])
 def test_any_number_of_rows(batch, device):
     spec = SPECS["scalar-identity"]
-    compare(random_field(spec, device), random_inputs(spec, batch, None, device), "fp32")
+    compare_loss(random_field(spec, device), random_inputs(spec, batch, None, device), "fp32")
 
 
 def test_cond_per_member(device):
@@ -108,7 +47,7 @@ def test_cond_per_member(device):
     field = random_field(spec, device)
     inputs = random_inputs(spec, 6, 2, device)
     inputs["cond"] = torch.randn(2, 6, spec.cond_dim, device=device)
-    compare(field, inputs, "fp32")
+    compare_loss(field, inputs, "fp32")
     assert loss_and_gradients(field, inputs, "fused", "fp32")["cond"].shape == (2, 6, spec.cond_dim)
 
 
@@ -195,4 +134,4 @@ def test_published_sizes_on_a_gpu(precision, device):
         1, 42, (512,) * 4, 2, norm="layer", state_embedding=ff.HLGauss(-101.0, 1.0), time_embedding=ff.Cosine()
     )
     for batch, samples in ((256, 8), (2048, None)):
-        compare(random_field(spec, device), random_inputs(spec, batch, samples, device), precision)
+        compare_loss(random_field(spec, device), random_inputs(spec, batch, samples, device), precision)

@@ -266,7 +266,7 @@ struct Block {
     cond = net.cond() ? a.take<uint32_t>(n * ld(net.C)) : nullptr;
     base = net.cond() ? a.take(n * first) : nullptr;
     head = a.take(n * net.pad_out);
-    scratch = a.take(4 * (net.widest() + 2 * LANES));
+    scratch = a.take(5 * net.widest() + 4 * LANES);
     for (auto* list : {&y, &out, &stats, &film, &d}) list->assign(size_t(L), nullptr);
     op.assign(size_t(L), nullptr);
     if (!keep) {
@@ -369,8 +369,8 @@ struct Block {
         const float whole = 1.0f / (scratch[net.F] - scratch[0]);
         for (long k = 0; k < net.F; k += LANES) store(f + k, (load(scratch + k + 1) - load(scratch + k)) * whole);
       } else {
-        const float range = 1.0f / (net.high - net.low);
-        for (long k = 0; k < net.D; k++) f[k] = net.embedding == SCALED ? (x[r * net.D + k] - net.low) * range : x[r * net.D + k];
+        const float range = net.high - net.low;
+        for (long k = 0; k < net.D; k++) f[k] = net.embedding == SCALED ? (x[r * net.D + k] - net.low) / range : x[r * net.D + k];
       }
       units_of_row(state + r * ld(net.F), f, net.F);
     }
@@ -382,15 +382,15 @@ struct Block {
     for (long r = 0; r < rows; r++) {
       const float *f = features + r * pad, *g = d_features + r * pad;
       if (net.embedding != HL_GAUSS) {
-        const float range = net.embedding == SCALED ? 1.0f / (net.high - net.low) : 1.0f;
-        for (long k = 0; k < net.D; k++) d_x[r * net.D + k] += g[k] * range;
+        const float range = net.embedding == SCALED ? net.high - net.low : 1.0f;
+        for (long k = 0; k < net.D; k++) d_x[r * net.D + k] += g[k] / range;
         continue;
       }
       if (!(x[r] >= e.from && x[r] <= e.to)) continue;  // clamped
       // f_k = (c_{k+1} - c_k) / (c_F - c_0), dc_k/dx = -2 / sqrt(pi) exp(-u_k^2) / (sqrt(2) std).
       cumulative(x[r], e, scratch);
       const float whole = 1.0f / (scratch[net.F] - scratch[0]);
-      float* slope = scratch + round_up(net.F + 1, LANES);
+      float* slope = scratch + round_up(net.F + 1, LANES) + LANES;
       alignas(64) float lane[LANES];
       for (int i = 0; i < LANES; i++) lane[i] = float(i);
       for (long k = 0; k <= net.F; k += LANES) {
@@ -638,18 +638,22 @@ struct Block {
   void head_weights() {
     const long last = net.L - 1;
     const Layer& top = net.layers[last];
-    for (long r = 0; r < rows; r++)
-      for (long k = 0; k < net.D; k++) sums->head_bias[k] += d_head[r * net.pad_out + k];
+    for (long k = 0; k < net.D; k++) {
+      float sum = 0.0f;
+      for (long r = 0; r < rows; r++) sum += d_head[r * net.pad_out + k];
+      sums->head_bias[k] += sum;
+    }
     if (net.D > DOTS) {
       const uint32_t* a = pairs_of_units(op[size_t(last)], ld_out(last), top.width);
       outer<BF>(units<BF>(rows), top.width, net.D, a, BF ? top.pad : ld_out(last), pairs_of(pair_d, d_head, net.pad_out, net.pad_out), net.pad_out, grads->w[size_t(net.L)], net.D);
       return;
     }
-    for (long r = 0; r < rows; r++)
-      for (long k = 0; k < net.D; k++) {
-        const float g = d_head[r * net.pad_out + k], *x = out[size_t(last)] + r * top.pad;
-        float* to = sums->head + k * top.pad;
-        for (long j = 0; j < top.width; j += LANES) store(to + j, load(to + j) + g * load(x + j));
+    for (long k = 0; k < net.D; k++)
+      for (long j = 0; j < top.width; j += LANES) {
+        Vec sum = {};
+        for (long r = 0; r < rows; r++) sum += d_head[r * net.pad_out + k] * load(out[size_t(last)] + r * top.pad + j);
+        float* to = sums->head + k * top.pad + j;
+        store(to, load(to) + sum);
       }
   }
 
@@ -687,9 +691,12 @@ struct Block {
     const Packed::Hidden& own = w->layers[size_t(i)];
     const long width = layer.width, wide = round_up(width, LANES), pad = layer.pad;
     const bool tabled = shared && i == 0;
-    float* bias = !with_weights ? nullptr : tabled ? sums->table + n * pad : sums->bias[size_t(i)];
-    float *scale = with_weights ? sums->scale[size_t(i)] : nullptr, *shift = with_weights ? sums->shift[size_t(i)] : nullptr;
-    float *hats = scratch, *slopes = scratch + net.widest() + LANES;
+    float *hats = scratch, *slopes = hats + net.widest();
+    // A block's sums first, then those of blocks: a long sum of single rows would lose bits.
+    float *bias = with_weights ? slopes + net.widest() : nullptr, *scale = bias && net.affine() ? bias + net.widest() : nullptr;
+    float* shift = scale ? scale + net.widest() : nullptr;
+    if (bias) memset(bias, 0, size_t(pad) * 4);
+    if (scale) memset(scale, 0, size_t(pad) * 4), memset(shift, 0, size_t(pad) * 4);
     auto grow = [](float* to, long k, Vec v) { store(to + k, load(to + k) + v); };
     for (long r = 0; r < rows; r++) {
       const float* x = y[size_t(i)] + r * pad;
@@ -742,9 +749,14 @@ struct Block {
       }
       for (long k = width; k < wide; k++) g[k] = 0.0f;
     }
-    if (net.film() && shared && with_weights) {
-      for (long r = 0; r < rows; r++)
-        for (long k = 0; k < 2 * pad; k += LANES) grow(sums->film[size_t(i)] + n * 2 * pad, k, load(film[size_t(i)] + r * 2 * pad + k));
+    for (long k = 0; bias && k < wide; k += LANES) {
+      grow(tabled ? sums->table + n * pad : sums->bias[size_t(i)], k, load(bias + k));
+      if (scale) grow(sums->scale[size_t(i)], k, load(scale + k)), grow(sums->shift[size_t(i)], k, load(shift + k));
+    }
+    for (long k = 0; bias && net.film() && shared && k < 2 * pad; k += LANES) {
+      Vec sum = {};
+      for (long r = 0; r < rows; r++) sum += load(film[size_t(i)] + r * 2 * pad + k);
+      grow(sums->film[size_t(i)] + n * 2 * pad, k, sum);
     }
   }
 };

@@ -19,6 +19,7 @@ constexpr long BLOCK = 96;        // rows of a task going forward, and of a step
 constexpr long BLOCK_FILM = 48;   // where every row carries a scale and a shift for each layer
 constexpr long CHUNK = 512;       // fewest rows of a chunk of weight gradients
 constexpr long CHUNKS = 8;        // most chunks of a member: each needs room for all its gradients
+constexpr double WORTH = 4e6;     // multiplications that are worth waking a thread for
 constexpr size_t KEEP = size_t(256) << 20;  // bytes a thread holds on to between calls
 
 thread_local Workspace own_buffers, packed_weights, chunk_sums;
@@ -103,6 +104,9 @@ struct Call {
     cond_e = a.integer(), features_n = a.integer(), features_e = a.integer(), features_m = a.integer();
     film_e = a.integer(), film_b = a.integer();
     E = fields * per_field, M = B * S;
+    double weights = 0;
+    for (long n : sizes.w) weights += double(n);
+    threads = std::max<long>(1, std::min<long>(threads, long(weights * double(E * M) * double(N) / WORTH)));
     cond = a.pointer<float>(), features = a.pointer<float>(), film = a.pointer<float>();
     for (long f = 0; f < fields; f++) {
       const auto field = member_weights<const float*>(a, net);
@@ -126,20 +130,16 @@ std::vector<Packed> pack_weights(const Call& c, bool back) {
   return packed;
 }
 
-// The velocity and the flow state's own part in it: v = scale * head, or what an end point or noise implies.
+// The velocity that a head implies, v = scale * head or a quotient with x; and the way back.
 struct Velocity {
-  float times_head, times_x;
-  static Velocity at(const Net& net, float t) {
-    if (net.prediction == ENDPOINT) {
-      const float by = 1.0f / std::max(1.0f - t, TIME_MARGIN);
-      return {net.scale * by, -by};
-    }
-    if (net.prediction == NOISE) {
-      const float by = 1.0f / std::max(t, TIME_MARGIN);
-      return {-net.scale * by, by};
-    }
-    return {net.scale, 0.0f};
+  float scale, by = 1.0f, sign = 0.0f;  // v = scale * head, or sign * (scale * head - x) / by
+  Velocity(const Net& net, float t) : scale(net.scale) {
+    if (net.prediction == ENDPOINT) by = std::max(1.0f - t, TIME_MARGIN), sign = 1.0f;
+    if (net.prediction == NOISE) by = std::max(t, TIME_MARGIN), sign = -1.0f;
   }
+  float of(float head, float x) const { return sign == 0.0f ? scale * head : sign * (scale * head - x) / by; }
+  float to_head(float d_v) const { return sign == 0.0f ? scale * d_v : sign * scale * (d_v / by); }
+  float to_x(float d_v) const { return sign == 0.0f ? 0.0f : -sign * (d_v / by); }
 };
 
 // Walks ---------------------------------------------------------------------------------------------------------------
@@ -173,11 +173,8 @@ void velocity(const Walk& w, Block<BF>& b, long e, long first, long n, const flo
   b.set_state(x);
   b.forward(n, w.net.film() ? w.film_of(e) : nullptr, w.film_b, first, w.S);
   for (long r = 0; r < b.rows; r++) {
-    const Velocity how = w.net.prediction == VELOCITY ? Velocity{w.net.scale, 0.0f} : Velocity::at(w.net, w.time(row + r, k, second));
-    for (long j = 0; j < D; j++) {
-      const float head = b.head[r * w.net.pad_out + j];
-      v[r * D + j] = how.times_x == 0.0f ? how.times_head * head : how.times_head * head + how.times_x * x[r * D + j];
-    }
+    const Velocity how(w.net, w.time(row + r, k, second));
+    for (long j = 0; j < D; j++) v[r * D + j] = how.of(b.head[r * w.net.pad_out + j], x[r * D + j]);
   }
 }
 
@@ -241,7 +238,7 @@ struct Chunks {
     rows = round_up((c.M + chunks - 1) / chunks, ROWS);
     chunks = std::max<long>(1, (c.M + rows - 1) / rows);
     d_features = g.pointer<float>();
-    with_features = d_features && c.shared;
+    with_features = d_features && c.shared && weights;
     for (long f = 0; f < c.fields && weights; f++) {
       const auto field = member_weights<float*>(g, net);
       for (long e = 0; e < c.per_field; e++) out.push_back(of_member(field, net, c.sizes, e));
@@ -249,7 +246,7 @@ struct Chunks {
     sums.resize(size_t(chunks * c.E)), grads.resize(size_t(chunks * c.E)), features.resize(size_t(chunks * c.E));
     chunk_sums.hold([&](Arena& a) {
       for (long i = 0; i < chunks * c.E; i++) {
-        if (with_weights || with_features) sums[size_t(i)].lay(a, net, c.N, c.shared);
+        if (with_weights) sums[size_t(i)].lay(a, net, c.N, c.shared);
         if (with_features) features[size_t(i)] = i < c.E ? d_features + i * c.N * net.T : a.take(c.N * net.T);
         if (!with_weights) continue;
         Weights<float*>& to = grads[size_t(i)];
@@ -274,13 +271,14 @@ struct Chunks {
   }
 
   void begin(long i) {
-    if (with_weights || with_features) sums[size_t(i)].clear(c.net, c.N, c.shared);
-    if (with_weights) each(grads[size_t(i)], [](float* p, long n) { memset(p, 0, size_t(n) * 4); });
+    if (!with_weights) return;
+    sums[size_t(i)].clear(c.net, c.N, c.shared);
+    each(grads[size_t(i)], [](float* p, long n) { memset(p, 0, size_t(n) * 4); });
   }
 
   // What a chunk summed in its own layout goes to its gradients.
   void finish(long i) {
-    if (!with_weights && !with_features) return;
+    if (!with_weights) return;
     const Net& net = c.net;
     const Sums& s = sums[size_t(i)];
     const long T = net.T, e = i % c.E;
@@ -294,29 +292,28 @@ struct Chunks {
         for (long k = 0; k < T; k++) {
           const float f = feature(n)[k];
           float dot = 0.0f;
-          for (long j = 0; d_w && j < columns; j++) d_w[k * ldw + j] += f * table[j];
+          for (long j = 0; j < columns; j++) d_w[k * ldw + j] += f * table[j];
           for (long j = 0; d_f && j < columns; j++) dot += table[j] * w[k * ldw + j];
           if (d_f) d_f[n * T + k] += dot;
         }
     };
-    Weights<float*>* g = with_weights ? &grads[size_t(i)] : nullptr;
+    Weights<float*>* g = &grads[size_t(i)];
     const Weights<const float*>& given = c.given[size_t(e)];
     for (long l = 0; l < net.L; l++) {
       const Layer& layer = net.layers[l];
       const size_t at = size_t(l);
-      if (g && !(l == 0 && c.shared)) add(g->b[at], s.bias[at], layer.width);
-      if (g && net.affine()) add(g->scale[at], s.scale[at], layer.width), add(g->shift[at], s.shift[at], layer.width);
+      if (!(l == 0 && c.shared)) add(g->b[at], s.bias[at], layer.width);
+      if (net.affine()) add(g->scale[at], s.scale[at], layer.width), add(g->shift[at], s.shift[at], layer.width);
       if (net.film() && c.shared)
         for (long j = 0; j < 2; j++)
-          time_rows(s.film[at] + j * layer.pad, 2 * layer.pad, layer.width, given.film[at] + j * layer.width, g ? g->film[at] + j * layer.width : nullptr, 2 * layer.width);
+          time_rows(s.film[at] + j * layer.pad, 2 * layer.pad, layer.width, given.film[at] + j * layer.width, g->film[at] + j * layer.width, 2 * layer.width);
     }
     const Layer &first = net.layers[0], &last = net.layers[net.L - 1];
     if (c.shared) {
-      for (long n = 0; g && n < c.N; n++) add(g->b[0], s.table + n * first.pad, first.width);
+      for (long n = 0; n < c.N; n++) add(g->b[0], s.table + n * first.pad, first.width);
       const long skip = (net.cond() + net.F) * first.width;
-      if (!net.film()) time_rows(s.table, first.pad, first.width, given.w[0] + skip, g ? g->w[0] + skip : nullptr, first.width);
+      if (!net.film()) time_rows(s.table, first.pad, first.width, given.w[0] + skip, g->w[0] + skip, first.width);
     }
-    if (!g) return;
     add(g->b[size_t(net.L)], s.head_bias, net.D);
     for (long d = 0; d < net.D && net.D <= DOTS; d++)
       for (long k = 0; k < last.width; k++) g->w[size_t(net.L)][k * net.D + d] += s.head[d * last.pad + k];
@@ -324,14 +321,12 @@ struct Chunks {
 
   // Chunks are added in order, whatever finished first.
   void join() {
-    if (chunks > 1 && (with_weights || with_features)) {
+    if (chunks > 1 && with_weights) {
       for_all(c.E, c.threads, [&](long e) {
         for (long i = e + c.E; i < chunks * c.E; i += c.E) {
           std::vector<std::pair<float*, long>> to, from;
-          if (with_weights) {
-            each(grads[size_t(e)], [&](float* p, long n) { to.push_back({p, n}); });
-            each(grads[size_t(i)], [&](float* p, long n) { from.push_back({p, n}); });
-          }
+          each(grads[size_t(e)], [&](float* p, long n) { to.push_back({p, n}); });
+          each(grads[size_t(i)], [&](float* p, long n) { from.push_back({p, n}); });
           if (with_features) to.push_back({features[size_t(e)], c.N * c.net.T}), from.push_back({features[size_t(i)], c.N * c.net.T});
           for (size_t t = 0; t < to.size(); t++)
             for (long k = 0; k < to[t].second; k++) to[t].first[k] += from[t].first[k];
@@ -382,7 +377,6 @@ void walk_bwd(Arguments& g) {
     });
     b.w = &packed[size_t(e)], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
     chunks.begin(task);
-    const bool sums = with_weights || chunks.with_features;
     for (long first = from; first < to; first += block) {
       const long row = e * w.M + first;
       b.rows = std::min(block, to - first);
@@ -398,13 +392,13 @@ void walk_bwd(Arguments& g) {
         velocity(w, b, e, first, n, x, v, k, second);
         memset(b.d_head, 0, size_t(b.rows * w.net.pad_out) * 4);
         for (long r = 0; r < b.rows; r++) {
-          const Velocity how = w.net.prediction == VELOCITY ? Velocity{w.net.scale, 0.0f} : Velocity::at(w.net, w.time(row + r, k, second));
+          const Velocity how(w.net, w.time(row + r, k, second));
           for (long j = 0; j < D; j++) {
-            b.d_head[r * w.net.pad_out + j] = how.times_head * d_v[r * D + j];
-            to[r * D + j] += how.times_x * d_v[r * D + j];
+            b.d_head[r * w.net.pad_out + j] = how.to_head(d_v[r * D + j]);
+            to[r * D + j] += how.to_x(d_v[r * D + j]);
           }
         }
-        b.backward(n, sums, true, of_rows.features != nullptr);
+        b.backward(n, with_weights, true, of_rows.features != nullptr);
         b.state_gradient(x, to);
         of_rows.take(w, b, row, n, more);
         more = true;
@@ -460,12 +454,10 @@ void errors(const Loss& w, Block<BF>& b, long e, long first, float* x, float* er
   b.set_state(x);
   b.forward(0, w.net.film() ? w.film_of(e) : nullptr, w.film_b, first, w.S);
   for (long r = 0; r < b.rows; r++) {
-    const Velocity how = Velocity::at(w.net, w.t[row + r]);
+    const Velocity how(w.net, w.t[row + r]);
     for (long j = 0; j < D; j++) {
       const long i = (row + r) * D + j;
-      float v = how.times_head * b.head[r * w.net.pad_out + j];
-      if (how.times_x != 0.0f) v += how.times_x * x[r * D + j];
-      error[r * D + j] = v - (w.interpolate ? w.b[i] - w.keep * w.a[i] : w.b[i]);
+      error[r * D + j] = how.of(b.head[r * w.net.pad_out + j], x[r * D + j]) - (w.interpolate ? w.b[i] - w.keep * w.a[i] : w.b[i]);
     }
   }
 }
@@ -524,12 +516,12 @@ void loss_bwd(Arguments& g) {
       if (w.net.cond()) memset(b.d_base, 0, size_t(b.rows * w.net.layers[0].pad) * 4);
       memset(b.d_head, 0, size_t(b.rows * w.net.pad_out) * 4);
       for (long r = 0; r < b.rows; r++) {
-        const Velocity how = Velocity::at(w.net, w.t[row + r]);
+        const Velocity how(w.net, w.t[row + r]);
         for (long j = 0; j < D; j++) {
           float& d_error = error[r * D + j];
           d_error *= 2.0f / float(D) * grad[row + r];
-          b.d_head[r * w.net.pad_out + j] = how.times_head * d_error;
-          d_x[r * D + j] = how.times_x * d_error;
+          b.d_head[r * w.net.pad_out + j] = how.to_head(d_error);
+          d_x[r * D + j] = how.to_x(d_error);
         }
       }
       const bool with_state = d_a || (d_b && w.interpolate);
