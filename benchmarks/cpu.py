@@ -25,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Seconds of a profile as a whole, and shares of a measurement's time; what would begin behind the end is left out.
-FULL_SECONDS, QUICK_SECONDS = 780.0, 175.0
+# Seconds of a profile as a whole, behind which nothing is prepared, and shares of a measurement's time.
+FULL_SECONDS, QUICK_SECONDS = 810.0, 150.0
 FULL_SHARE, QUICK_SHARE = 1.0, 0.25
 # Seconds that each panel of the figure may take; points are measured in order until then.
-CURVE_SECONDS = 110.0
-# A process that does not end by itself is given so much more than its parts add up to.
-PATIENCE_SECONDS = 120.0
+CURVE_SECONDS = 75.0
+# What a measurement takes besides torch.compile and the clock: imports, the check in float64, XLA.
+CHECK_SECONDS = 75.0
+# A process that does not end by itself is given so much more.
+PATIENCE_SECONDS = 45.0
 
 
 class Run:
@@ -68,19 +70,23 @@ class Run:
         print(f"  left out {where}: {reason}", flush=True)
 
     def measure(self, name: str, threads: int | None, seconds: float) -> list[dict[str, Any]]:
-        """What `cpu_row` measures under this name within `seconds`, as far as it comes."""
+        """What `cpu_row` measures under this name within `seconds`, or what is left of the run, as far as it comes."""
+        seconds = min(seconds, self.left())
+        if seconds < 5:
+            self.skip(name, f"the {self.limit:.0f} s of this run are over")
+            return []
         print(f"[{time.monotonic() - self.began:4.0f} s] {name}", flush=True)
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         share = QUICK_SHARE if self.arguments.quick else FULL_SHARE
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "results.json"
             command = [sys.executable, "-m", "benchmarks.cpu_row", name, "--output", str(path), "--share", str(share)]
+            command += ["--seconds", str(seconds)]
             command += ["--threads", str(threads)] if threads else []
             command += ["--without", *self.without] if self.without else []
+            options: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL, "check": False}
             try:
-                done = subprocess.run(
-                    command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, timeout=max(seconds, 1.0), check=False
-                )
+                done = subprocess.run(command, timeout=seconds + PATIENCE_SECONDS, **options)
             except subprocess.TimeoutExpired:
                 self.skip(name, f"not done within {seconds:.0f} s")
             else:
@@ -121,7 +127,7 @@ def _count(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     from benchmarks import cpu_figure, cpu_report
-    from benchmarks.cpu_rows import MEASUREMENTS
+    from benchmarks.cpu_rows import LAST, MEASUREMENTS
 
     given = parse(arguments)
     run = Run(given)
@@ -132,21 +138,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = ", ".join([*MEASUREMENTS, "curve-steps", "curve-rows"])
         print(f"benchmarks.cpu: --only matches none of {names}", file=sys.stderr)
         return 2
-    for measurement in wanted:
-        if run.left() < 0:
-            run.skip(measurement.name, f"the {run.limit:.0f} s of this run are over")
-            continue
-        compilers = sum(way[0] == "compile" and way[0] not in run.without for way in measurement.ways)
-        seconds = PATIENCE_SECONDS + measurement.seconds + compilers * measurement.prepare_seconds
-        for result in run.measure(measurement.name, measurement.threads or given.threads, seconds):
-            run.report["measurements"][result["name"]] = result
+    last = [m for m in wanted if m.name == LAST]
+    for task in (*(m for m in wanted if m.name != LAST), *curves, *last):
+        if isinstance(task, str):
+            results = run.measure(task, given.threads, CURVE_SECONDS)
+            run.report["curves"] |= {result["name"]: result for result in results}
+        else:
+            compilers = sum(way[0] == "compile" and way[0] not in run.without for way in task.ways)
+            seconds = CHECK_SECONDS + 2 * task.seconds + compilers * task.prepare_seconds
+            results = run.measure(task.name, task.threads or given.threads, seconds)
+            run.report["measurements"] |= {result["name"]: result for result in results}
         run.write()
-    for name in curves:
-        if run.left() < 0:
-            run.skip(name, f"the {run.limit:.0f} s of this run are over")
-            continue
-        for result in run.measure(name, given.threads, CURVE_SECONDS):
-            run.report["curves"][result["name"]] = result
     run.report["complete"] = True
     path = run.write()
     if run.report["curves"]:
@@ -154,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cpu_figure.draw(run.report, path.with_suffix(".png"))
         except ImportError as error:
             run.skip("figure", str(error))
+            run.write()
     print("\n" + cpu_report.markdown(run.report) + f"\n{path}", flush=True)
     ours = [e for m in run.report["measurements"].values() for e in m["entrants"] if e["rival"] == "fastflow"]
     if wanted and not ours:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu_rows import CURVE_FROM_TABLE
 from fastflow.atomic import atomic_write
 
 # Okabe and Ito's palette, and marks of their own: told apart with any colour vision, and in print.
@@ -23,16 +23,18 @@ PANELS = {
 }
 
 
-def series(curves: Mapping[str, Any], axis: str) -> dict[str, list[tuple[int, float, float, float]]]:
-    """By entrant: (n, median, p20, p80) in seconds, in order of n."""
+def series(report: Mapping[str, Any], axis: str) -> dict[str, list[tuple[int, float, float, float]]]:
+    """By entrant: (n, median, p20, p80) in milliseconds, in order of n."""
+    prefix, table = f"curve-{axis}-", report["measurements"]
+    points = {int(name[len(prefix) :]): point for name, point in report["curves"].items() if name.startswith(prefix)}
+    points |= {n: table[name] for n, name in CURVE_FROM_TABLE[axis].items() if name in table}
     out: dict[str, list[tuple[int, float, float, float]]] = {}
-    for name, measured in curves.items():
-        at = re.fullmatch(rf"curve-{axis}-(\d+)", name)
-        for entrant in measured["entrants"] if at else []:
-            if at and "median_us" in entrant:
-                times = (1e-6 * entrant[f"{key}_us"] for key in ("median", "p20", "p80"))
-                out.setdefault(entrant["name"], []).append((int(at[1]), *times))
-    return {name: sorted(points) for name, points in out.items()}
+    for n, measured in sorted(points.items()):
+        for entrant in measured["entrants"]:
+            if "median_us" in entrant:
+                times = (1e-3 * entrant[f"{key}_us"] for key in ("median", "p20", "p80"))
+                out.setdefault(entrant["name"], []).append((n, *times))
+    return out
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
@@ -50,14 +52,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         figure = matplotlib.figure.Figure(figsize=(10.5, 4.6), layout="constrained")
         axes = figure.subplots(1, len(PANELS), sharey=True)
         for ax, (axis, (label, title)) in zip(axes, PANELS.items()):
-            found = series(report["curves"], axis)
+            found = series(report, axis)
             for name, (text, color, mark, line) in LINES.items():
                 points = found.get(name, [])
                 if points:
                     n, median, p20, p80 = zip(*points)
                     options = {"color": color, "marker": mark, "linestyle": line, "markersize": 4.5, "linewidth": 1.4}
-                    ax.plot(n, [1e3 * s for s in median], label=text, **options)
-                    ax.fill_between(n, [1e3 * s for s in p20], [1e3 * s for s in p80], color=color, alpha=0.15, lw=0)
+                    ax.plot(n, median, label=text, **options)
+                    ax.fill_between(n, p20, p80, color=color, alpha=0.15, lw=0)
             ax.set_xscale("log", base=4 if axis == "rows" else 2)
             ax.set_yscale("log")
             ax.set_xticks(sorted({point[0] for points in found.values() for point in points}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -33,8 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--threads", type=int, help="run on so many processors only")
     parser.add_argument("--without", nargs="*", default=[], help="rivals to leave out")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="within which all should be done")
     parser.add_argument("--share", type=float, default=1.0, help="of the time that a measurement is given")
     given = parser.parse_args(arguments)
+    until = time.monotonic() + given.seconds
     if given.threads:
         confine(given.threads)
     from benchmarks.cpu_rows import MEASUREMENTS, curve
@@ -45,8 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [MEASUREMENTS[given.name]]
     results = []
     for measurement in chosen:
+        if time.monotonic() > until:
+            print(f"  no time left for {measurement.title}", flush=True)
+            continue
         print(f"  {measurement.title}", flush=True)
-        results.append(measure(measurement.without(*given.without), given.share))
+        results.append(measure(measurement.without(*given.without), given.share, until=until))
         # After every point: a caller that ends this keeps what there is.
         temporary = given.output.with_suffix(".partial")
         temporary.write_text(json.dumps(results), encoding="utf-8")
@@ -95,13 +101,16 @@ def wait_for_calm(seconds: float) -> None:
             return
 
 
-def measure(measurement: Measurement, share: float = 1.0, rounds: int = ROUNDS) -> dict[str, Any]:
+def measure(
+    measurement: Measurement, share: float = 1.0, rounds: int = ROUNDS, until: float = math.inf
+) -> dict[str, Any]:
     """Prepare and check every entrant, then time all that are right in turn.
 
     Args:
         measurement: what.
         share: of its seconds.
         rounds: at most.
+        until: the time.monotonic() at which all should be done: what cannot be prepared before is left out.
 
     Returns:
         The measurement as the results file holds it, see `cpu_report`.
@@ -126,15 +135,19 @@ def measure(measurement: Measurement, share: float = 1.0, rounds: int = ROUNDS) 
     ready: dict[str, Ready] = {}
     for entrant in measurement.entrants():
         since = time.monotonic()
+        # The clock takes about twice the time of its rounds.
+        limit = min(measurement.prepare_seconds, until - since - 2 * share * measurement.seconds)
         try:
-            with time_limit(measurement.prepare_seconds), quiet_compiler():
+            if limit < 1:
+                raise OutOfTime("no time left")
+            with time_limit(limit), quiet_compiler():
                 done = entrant.prepare()
         except (Skipped, OutOfTime) as reason:
             out["skipped"].append({"entrant": entrant.name, "reason": str(reason)})
             continue
         except Exception as error:  # a rival that breaks here is a finding, not the end of the table
             # Compilers wrap what interrupts them.
-            late = f"not prepared within {measurement.prepare_seconds:.0f} s" if "OutOfTime" in str(error) else ""
+            late = f"not prepared within {limit:.0f} s" if "OutOfTime" in str(error) else ""
             reason = late or f"{type(error).__name__}: {error}"[:500]
             out["skipped"].append({"entrant": entrant.name, "reason": reason})
             if not late:

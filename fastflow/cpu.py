@@ -386,17 +386,30 @@ def loss(
     save: bool,
     invariant: bool,
 ) -> tuple[Tensor, ...]:
-    """(the loss of each row, and five empty tensors). A row's bits never depend on its batch."""
+    """(the loss of each row, its errors, an empty tensor, the products' results, two empty tensors): see `_keeps`. A
+    row's bits never depend on its batch."""
     a, t = _drawn(a, b, t, seed, ids)
     call = _loss_call(spec, cond, parameters, precision, t, b.shape)
     found = loss_fakes(b, spec, precision, save, invariant)
-    call.run("loss", 1, (int(interpolate),), (sigma_min,), (a, b.contiguous(), t, found[0]))
+    kept = (found[3], found[1]) if found[3].numel() else (None, None)
+    call.run("loss", 1, (int(interpolate),), (sigma_min,), (a, b.contiguous(), t, found[0], *kept))
     return found
+
+
+def _keeps(spec: FieldSpec, rows: int) -> int:
+    """How many floats a loss keeps for its way back: those of all layers' products, or none where they are sooner
+    computed again than read (narrow layers) or take too much room."""
+    widths = [layer.width for layer in spec.trunk]
+    kept = rows * sum(map(cpu.padded, widths))
+    return kept if min(widths) >= 128 and 4 * kept <= plan.STORE_BYTES else 0
 
 
 def loss_fakes(b: Tensor, spec: FieldSpec, precision: str, save: bool, invariant: bool) -> tuple[Tensor, ...]:
     """Empty tensors of `loss`'s shapes."""
-    return (b.new_empty(b.shape[:-1]), *(b.new_empty(0) for _ in range(5)))
+    kept = _keeps(spec, b.shape[:-1].numel()) if save else 0
+    error = b.new_empty(b.shape if kept else (0,))
+    none = [b.new_empty(0) for _ in range(3)]
+    return (b.new_empty(b.shape[:-1]), error, none[0], b.new_empty(kept), *none[1:])
 
 
 def loss_bwd(
@@ -420,9 +433,11 @@ def loss_bwd(
     a, t = _drawn(a, b, t, seed, ids)
     call = _loss_call(spec, cond, parameters, precision, t, b.shape)
     gradients = _Gradients(call, 1, needs_cond, needs_weights)
+    error, _, pre, *_ = saved
     d_a, d_b = (b.new_empty(b.shape if need else (0,)) for need in (needs_a, needs_b))
     tensors = [
         *(a, b.contiguous(), t, grad.contiguous()),
+        *((pre, error) if pre.numel() else (None, None)),
         d_a if needs_a else None,
         d_b if needs_b else None,
         *gradients.tensors(),

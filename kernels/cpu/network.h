@@ -257,7 +257,8 @@ struct Block {
   long ld(long width) const { return BF ? round_up(width, 2 * LANES) / 2 : round_up(width, LANES); }
   long ld_out(long i) const { return BF ? net.layers[i].pad / 2 : net.layers[i].pad; }
 
-  void lay(Arena& a, long block_rows, bool with_shared_times, bool kept) {
+  // `given_y`: the products' results lie outside, see `place`.
+  void lay(Arena& a, long block_rows, bool with_shared_times, bool kept, bool given_y = false) {
     const long n = round_up(block_rows, 2), L = net.L, first = net.layers[0].pad;
     shared = with_shared_times, keep = kept;
     features = a.take(n * round_up(net.F, COLS));
@@ -304,7 +305,8 @@ struct Block {
     }
     for (long i = 0; i < L; i++) {
       const long pad = net.layers[i].pad;
-      y[size_t(i)] = a.take(n * pad), out[size_t(i)] = a.take(n * pad), d[size_t(i)] = a.take(n * pad);
+      y[size_t(i)] = given_y ? nullptr : a.take(n * pad);
+      out[size_t(i)] = a.take(n * pad), d[size_t(i)] = a.take(n * pad);
       stats[size_t(i)] = net.norm == NONE ? nullptr : a.take(n * 2);
       film[size_t(i)] = net.film() ? a.take(n * 2 * pad) : nullptr;
       op[size_t(i)] = BF ? a.take<uint32_t>(n * pad / 2) : reinterpret_cast<uint32_t*>(out[size_t(i)]);
@@ -334,10 +336,10 @@ struct Block {
   }
 
   // cond's share of the first layer, once for all evaluations; row r of this block reads row (first + r) / samples.
-  void set_cond(const float* from, long first, long samples) {
+  void set_cond(const float* from, long first, long samples, bool for_products = true) {
     if (!net.cond()) return;
     for (long r = 0; r < rows; r++) units_of_row(cond + r * ld(net.C), from + (first + r) / samples * net.C, net.C);
-    product<BF>(rows, net.layers[0].width, units<BF>(net.C), cond, ld(net.C), w->cond, base, net.layers[0].pad, {});
+    if (for_products) product<BF>(rows, net.layers[0].width, units<BF>(net.C), cond, ld(net.C), w->cond, base, net.layers[0].pad, {});
   }
   void set_time(const float* from, long step) {
     for (long r = 0; r < rows; r++) units_of_row(time + r * ld(net.T), from + r * step, net.T);
@@ -403,6 +405,14 @@ struct Block {
     }
   }
 
+  // Products' results [rows of all members, pad] of every layer, one behind the other, in place of the block's own.
+  void place(float* all, long total_rows, long row) {
+    for (long i = 0; i < net.L; i++) {
+      y[size_t(i)] = all + row * net.layers[i].pad;
+      all += total_rows * net.layers[i].pad;
+    }
+  }
+
   // Forward ----------------------------------------------------------------------------------------------------------
 
   // film_rows: cond's part of FiLM, row r at film_rows + index(r).
@@ -424,10 +434,14 @@ struct Block {
         else begin.rows = to, begin.ld = layer.pad;
         product<BF>(rows, layer.width, units<BF>(net.layers[from].width), op[size_t(from)], ld_out(from), own.in[j], to, layer.pad, begin);
       }
-      if (net.film()) set_film(i, n, film_rows, film_step, first, samples);
-      ACTIVATE[net.activation](*this, i);
+      finish_layer(i, n, film_rows, film_step, first, samples);
     }
     head_forward();
+  }
+  // What follows a layer's product; alone where that was computed before.
+  void finish_layer(long i, long n, const float* film_rows, long film_step, long first, long samples) {
+    if (net.film()) set_film(i, n, film_rows, film_step, first, samples);
+    ACTIVATE[net.activation](*this, i);
   }
 
   void set_film(long i, long n, const float* film_rows, long film_step, long first, long samples) {

@@ -440,18 +440,23 @@ struct Loss : Call {
   }
 };
 
-// The block's rows: their point x, and error [rows, D] of the velocity there.
+// The block's rows: their inputs, with their point x [rows, D].
 template <bool BF>
-void errors(const Loss& w, Block<BF>& b, long e, long first, float* x, float* error) {
+void set_inputs(const Loss& w, Block<BF>& b, long e, long first, float* x, bool for_products) {
   const long D = w.net.D, row = e * w.M + first;
   for (long r = 0; r < b.rows; r++)
     for (long j = 0; j < D; j++) {
       const long i = (row + r) * D + j;
       x[r * D + j] = w.interpolate ? (1.0f - w.keep * w.t[row + r]) * w.a[i] + w.t[row + r] * w.b[i] : w.a[i];
     }
-  b.set_cond(w.cond_of(e), first, w.S);
+  b.set_cond(w.cond_of(e), first, w.S, for_products);
   b.set_time(w.features + e * w.features_e + first * w.features_m, w.features_m);
   b.set_state(x);
+}
+// error [rows, D] of the velocity.
+template <bool BF>
+void errors(const Loss& w, Block<BF>& b, long e, long first, const float* x, float* error) {
+  const long D = w.net.D, row = e * w.M + first;
   b.forward(0, w.net.film() ? w.film_of(e) : nullptr, w.film_b, first, w.S);
   for (long r = 0; r < b.rows; r++) {
     const Velocity how(w.net, w.t[row + r]);
@@ -465,7 +470,8 @@ void errors(const Loss& w, Block<BF>& b, long e, long first, float* x, float* er
 template <bool BF>
 void loss(Arguments& g) {
   const Loss w(g);
-  float* losses = g.pointer<float>();
+  // Kept for the way back where it is asked for: the products' results, and the errors [E, M, D].
+  float *losses = g.pointer<float>(), *kept = g.pointer<float>(), *kept_error = g.pointer<float>();
   const auto packed = pack_weights<BF>(w, false);
   const long D = w.net.D, most = std::max<long>(ROWS, round_up((w.E * w.M + w.threads - 1) / w.threads, ROWS));
   const long block = std::min(w.block(), most), blocks = (w.M + block - 1) / block;
@@ -478,6 +484,8 @@ void loss(Arguments& g) {
       x = a.take(block * D), error = a.take(block * D);
     });
     b.w = &packed[size_t(e)], b.rows = std::min(block, w.M - first);
+    if (kept) b.place(kept, w.E * w.M, e * w.M + first), error = kept_error + (e * w.M + first) * D;
+    set_inputs(w, b, e, first, x, true);
     errors(w, b, e, first, x, error);
     for (long r = 0; r < b.rows; r++) {
       float sum = 0.0f;
@@ -494,6 +502,8 @@ void loss_bwd(Arguments& g) {
   const Loss w(g);
   const bool with_weights = g.integer() != 0;
   const float* grad = g.pointer<float>();  // [E, M]
+  float* kept = g.pointer<float>();
+  const float* kept_error = g.pointer<float>();
   float *d_a = g.pointer<float>(), *d_b = g.pointer<float>();
   const RowGradients of_rows(g);
   Chunks<BF> chunks(w, g, with_weights);
@@ -504,7 +514,7 @@ void loss_bwd(Arguments& g) {
     Block<BF> b(w.net);
     float *x, *error, *d_x;
     own_buffers.hold([&](Arena& a) {
-      b.lay(a, block, false, true);
+      b.lay(a, block, false, true, kept != nullptr);
       x = a.take(block * D), error = a.take(block * D), d_x = a.take(block * D);
     });
     b.w = &packed[size_t(e)], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
@@ -512,7 +522,14 @@ void loss_bwd(Arguments& g) {
     for (long first = from; first < to; first += block) {
       const long row = e * w.M + first;
       b.rows = std::min(block, to - first);
-      errors(w, b, e, first, x, error);
+      set_inputs(w, b, e, first, x, !kept);
+      if (kept) {
+        b.place(kept, w.E * w.M, row);
+        memcpy(error, kept_error + row * D, size_t(b.rows * D) * 4);
+        for (long i = 0; i < w.net.L; i++) b.finish_layer(i, 0, w.net.film() ? w.film_of(e) : nullptr, w.film_b, first, w.S);
+      } else {
+        errors(w, b, e, first, x, error);
+      }
       if (w.net.cond()) memset(b.d_base, 0, size_t(b.rows * w.net.layers[0].pad) * 4);
       memset(b.d_head, 0, size_t(b.rows * w.net.pad_out) * 4);
       for (long r = 0; r < b.rows; r++) {

@@ -12,23 +12,50 @@ INLINE long round_up(long n, long to) { return (n + to - 1) / to * to; }
 template <bool BF>
 INLINE long units(long n) { return BF ? (n + 1) / 2 : n; }
 
+// One unit of a column: the floats at `at` and one step along the summed axis.
+template <bool BF>
+INLINE uint32_t unit(const float* at, long along, bool has_second) {
+  uint32_t bits;
+  memcpy(&bits, at, 4);
+  return BF ? bf16(*at) | uint32_t(has_second ? bf16(at[along]) : 0) << 16 : bits;
+}
+
 // Panels [columns / COLS][units(summed)][COLS] of a matrix [summed, columns] with row stride `ld`, or of its transpose;
 // zeros pad the last panel and an odd last pair.
 template <bool BF>
 void pack(uint32_t* to, const float* w, long ld, long summed, long columns, bool transposed) {
-  const long step = transposed ? ld : 1, along = transposed ? 1 : ld, ku = units<BF>(summed);
+  const long step = transposed ? ld : 1, along = transposed ? 1 : ld, ku = units<BF>(summed), each = BF ? 2 : 1;
   for (long n0 = 0; n0 < columns; n0 += COLS, to += ku * COLS) {
     const long wide = std::min<long>(COLS, columns - n0);
+    const float* from = w + n0 * step;
+    if (transposed) {
+      // Along a row of w, whose units go to one column: few rows at a time stay in the first-level cache.
+      if (wide < COLS) memset(to, 0, size_t(ku * COLS) * 4);
+      constexpr long some = 4 * LANES;
+      alignas(64) uint32_t row[some];
+      for (long u0 = 0; u0 < ku; u0 += some)
+        for (long j = 0; j < wide; j++) {
+          const float* at = from + j * step + each * u0;
+          const long n = std::min(some, ku - u0);
+          if (each * (u0 + some) <= summed)
+            for (int i = 0; i < each * some / LANES; i++) operand<BF>(row, load(at + i * LANES), i);
+          else
+            for (long u = 0; u < n; u++) row[u] = unit<BF>(at + each * u, 1, each * (u0 + u) + 1 < summed);
+          for (long u = 0; u < n; u++) to[(u0 + u) * COLS + j] = row[u];
+        }
+      continue;
+    }
     for (long u = 0; u < ku; u++) {
-      for (long j = 0; j < COLS; j++) {
-        if (!BF) {
-          float x = j < wide ? w[u * along + (n0 + j) * step] : 0.0f;
-          memcpy(to + u * COLS + j, &x, 4);
+      const float* row = from + each * u * along;
+      const bool second = each * u + 1 < summed;
+      for (long j = 0; j < COLS; j += LANES) {
+        uint32_t* at = to + u * COLS + j;
+        if (j + LANES > wide) {
+          for (long i = j; i < j + LANES; i++) to[u * COLS + i] = i < wide ? unit<BF>(row + i, along, second) : 0;
+        } else if (BF) {
+          pairs(at, load(row + j), second ? load(row + along + j) : Vec{});
         } else {
-          const float* at = w + 2 * u * along + (n0 + j) * step;
-          uint32_t low = j < wide ? bf16(at[0]) : 0;
-          uint32_t high = j < wide && 2 * u + 1 < summed ? bf16(at[along]) : 0;
-          to[u * COLS + j] = low | high << 16;
+          store(reinterpret_cast<float*>(at), load(row + j));
         }
       }
     }
