@@ -2,7 +2,7 @@
 
 Keys of the file (FORMAT 1):
     format, kind ("cpu"), profile, started, seconds, complete
-    hardware      cpu, cpu_cores, flags {name: bool}
+    hardware      cpu, cpu_cores, flags {name: bool}, native (what fastflow's native code uses of it, empty without)
     software      versions, compiler
     repository    commit, dirty, sources
     table         a list of rows: title, measurement, precision, threads, processors, runs (what fastflow ran),
@@ -29,6 +29,7 @@ import torch
 from benchmarks import machine
 from benchmarks.cpu_rows import RIVAL_NAMES, TABLE, Row
 from fastflow.atomic import atomic_write
+from fastflow.kernels import cpu as native_code
 
 FORMAT = 1
 # Processors that other programs took, above which a reader is told.
@@ -39,7 +40,10 @@ HEADINGS = {"jax": "JAX jit fp32", "compile": "torch.compile fp32", "eager": "ea
 def new(profile: str) -> dict[str, Any]:
     """A report of a run that begins now."""
     facts = machine.facts(torch.device("cpu"))
-    facts["hardware"]["flags"] = machine.cpu_flags()
+    # Paths say nothing of a measurement, and the file is for others to read.
+    facts["software"].pop("executable")
+    native = {name: value for name, value in native_code.describe().items() if name != "native"}
+    facts["hardware"] |= {"flags": machine.cpu_flags(), "native": native}
     facts["software"] |= {"compiler": machine.compiler(), "torchdiffeq": machine.version("torchdiffeq")}
     now = datetime.datetime.now(datetime.timezone.utc)
     head = {"format": FORMAT, "kind": "cpu", "profile": profile, "started": now.isoformat(timespec="seconds")}

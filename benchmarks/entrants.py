@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.cases import Problem
 from benchmarks.measure import Entry, Timer
 from benchmarks.rivals import FUSED_TIMES, RIVAL_TIMES, RIVALS, Variant, check, torch_variant
-from fastflow.kernels import launch
+from fastflow.kernels import cpu, launch
 
 CPU = torch.device("cpu")
 NATIVE, PLAIN = "fastflow's own kernels", "plain PyTorch, for want of a kernel"
@@ -104,7 +104,7 @@ def native(fused: Callable[[], Any]) -> str:
     """What fastflow's "auto" runs here, found out by asking for its own kernels alone, in words for a reader."""
     if launch.interpreted():
         # There "fused" runs Triton's interpreter, and "auto" does not.
-        return PLAIN
+        return PLAIN if cpu.why_unavailable() else NATIVE
     try:
         fused()
     except NotImplementedError:

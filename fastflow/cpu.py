@@ -2,20 +2,21 @@
 `fastflow.kernels.cpu`.
 
 The native code takes weights, cond and time features as they are: it packs the weights once per call and computes
-cond's share of the first layer once per row. Only what has layers of its own, a time embedding's MLP and FiLM's
-encoder of cond, is computed here in plain PyTorch, and `torch.func.vjp` takes its gradients further.
+cond's share of the first layer once per row. What has layers of its own, a time embedding's MLP and FiLM's encoder of
+cond, is a network before the network (`fastflow.dense`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastflow import reference
+from fastflow import dense, reference
 from fastflow.fields import FieldSpec, Parts, TimeEmbedding
 from fastflow.fused import network
 from fastflow.kernels import cpu, plan
@@ -50,18 +51,51 @@ def _parts_of_walk(num_steps: int, method: str) -> Tensor:
 def _walk_features(
     spec: FieldSpec, t_0: Tensor | None, t_1: Tensor | None, num_steps: int, method: str, start: float, end: float
 ) -> tuple[Tensor, bool]:
-    """(time features [N, T], or [N, E, M, T] of rows with times of their own; whether all rows share them)."""
+    """(time features [N, T], or [E, N, M, T] of rows with times of their own; whether all rows share them)."""
     if t_0 is None or t_1 is None:
         with torch.inference_mode(False):  # the cached tensor is for every caller
             return _shared_features(spec.time_embedding, num_steps, method, start, end), True
-    part = _parts_of_walk(num_steps, method).float().view(-1, 1, 1, 1)
-    times = (1 - part) * t_0.float() + part * t_1.float()
-    return spec.time_embedding.features(times.flatten(2)), False
+    part = _parts_of_walk(num_steps, method).float().view(-1, 1)
+    times = (1 - part) * t_0.flatten(1).unsqueeze(1) + part * t_1.flatten(1).unsqueeze(1)
+    return spec.time_embedding.features(times), False
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor, precision: str | None) -> Tensor:
-    """`reference.dense` member by member: the CPU's batched product runs at a fraction of the plain one's rate."""
-    return torch.stack([reference.dense(*each, precision) for each in zip(x, weight, bias, strict=True)])
+class _Layout:
+    """What of a call depends on its spec and precision alone."""
+
+    def __init__(self, key: str, precision: str) -> None:
+        self.spec = spec = FieldSpec.from_key(key)
+        net = network(spec, "fp32" if precision == "tf32" else precision)
+        films = spec.film_sizes
+        self.network = cpu.describe_network(net, films[0][0] if films else 0)
+        self.time_layers = bool(spec.time_sizes)
+        self.prepared = self.time_layers or spec.film
+        self.pads = [cpu.padded(width) - width for width in net.hidden]
+        self.film_width = sum(2 * cpu.padded(width) for width in net.hidden)
+        # Networks inside the field: time features' MLP, and cond's encoder with what it gives to FiLM. Of times that
+        # all rows share there are few: they stay float32.
+        into = spec.time_sizes[0][0] if spec.time_sizes else 0
+        time = (into, *(width for _, width in spec.time_sizes))
+        self.shared_time = dense.Kind(time, False, spec.activation, False, 0.0, "fp32")
+        self.rows_time = self.shared_time._replace(precision=precision)
+        encoder = (spec.cond_dim, *(width for _, width in spec.encoder_sizes), self.film_width)
+        self.encoder = dense.Kind(encoder, True, spec.activation, False, 0.0, precision)
+        self.num_parameters, self.time_features = spec.num_parameters, spec.time_features
+        self.width = spec.ensemble or 1
+        # A field's tensors in the order the native code reads them, as positions in its parameter list.
+        parts = spec.parts(cast("Sequence[Tensor]", range(spec.num_parameters)))
+        order = [*(i for pair in (*parts.layers, *parts.norms) for i in pair), *(w for w, _ in parts.films)]
+        self.order = cast("list[int]", order)
+
+    def ordered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Parameters of several fields, or their gradients, as the native code reads them."""
+        fields = range(0, len(tensors), self.num_parameters)
+        return [tensors[first + i] for first in fields for i in self.order]
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(key: str, precision: str) -> _Layout:
+    return _Layout(key, precision)
 
 
 class _Call:
@@ -78,107 +112,93 @@ class _Call:
         rows: tuple[int, int, int, int],
     ) -> None:
         self.spec, self.shared, self.precision = spec, shared, precision
-        self.net = network(spec, "fp32" if precision == "tf32" else precision)
+        self.layout = layout = _layout(spec.key, precision)
         self.e, self.b, self.s, self.d = rows
-        n = spec.num_parameters
-        self.fields = [list(parameters[i : i + n]) for i in range(0, len(parameters), n)]
         self.parameters = [p.contiguous() for p in parameters]
-        self.width = spec.ensemble or 1
+        self.width = layout.width
+        self.count = len(parameters) // layout.num_parameters  # of fields
         self.cond, self.raw_features = cond.contiguous(), features
-        self.time_layers = bool(spec.time_sizes)
-        self.prepared = self.time_layers or spec.film
-        self.pads = [cpu.padded(width) - width for width in self.net.hidden]
+        self.features = self.raw_features = features.contiguous()
         self.film: Tensor | None = None
-        self.features = features.contiguous()
-        if self.prepared:
-            found = [self._prepare(i)(self._cond_of(i), *ps) for i, ps in enumerate(self.fields)]
-            if self.time_layers:
-                self.features = torch.cat([f["features"] for f in found], 0 if shared else 1).contiguous()
-            if spec.film:
-                self.film = torch.cat([f["film"] for f in found]).contiguous()
+        if layout.time_layers:
+            found = [self._time_forward(i) for i in range(self.count)]
+            self.features = torch.cat(found) if len(found) > 1 else found[0]
+        if spec.film:
+            found = [self._film_forward(i) for i in range(self.count)]
+            self.film = torch.cat(found) if len(found) > 1 else found[0]
 
-    def _cond_of(self, i: int) -> Tensor:
-        """Field i's share of cond, [width or 1, B, C]."""
-        return self.cond if self.cond.shape[0] == 1 else self.cond.narrow(0, i * self.width, self.width)
+    def of_field(self, i: int) -> Parts:
+        """Field i's parameters, with an E axis."""
+        n = self.layout.num_parameters
+        own = self.parameters[i * n : (i + 1) * n]
+        return self.spec.parts([p if self.spec.ensemble is not None else p.unsqueeze(0) for p in own])
 
-    def _prepare(self, i: int) -> Callable[..., dict[str, Tensor]]:
-        """A function of (cond, *parameters) of field i: time features behind their MLP, [E, N, T] or [N, E, M, T], and
-        cond's part of FiLM, [E, B or 1, sum of 2 padded widths]."""
-        spec, width, shared = self.spec, self.width, self.shared
+    def share(self, x: Tensor, i: int) -> Tensor:
+        """Field i's share of a tensor with an E axis, [width or 1, ...]."""
+        return x if x.shape[0] == 1 else x.narrow(0, i * self.width, self.width)
+
+    # What is prepared: time features behind their MLP, [E, N, T] or [E, N, M, T], and cond's part of FiLM, [E, B or 1,
+    # sum of 2 padded widths].
+
+    def time_kind(self) -> dense.Kind:
+        return self.layout.shared_time if self.shared else self.layout.rows_time
+
+    def time_inputs(self, i: int) -> Tensor:
+        """[width or 1, rows, T]."""
         raw = self.raw_features
-        if not shared and raw.shape[1] > width:
-            raw = raw.narrow(1, i * width, width)
+        return raw.unsqueeze(0) if self.shared else self.share(raw, i).flatten(1, 2)
 
-        def prepare(cond: Tensor, *parameters: Tensor) -> dict[str, Tensor]:
-            parts = spec.parts([p if spec.ensemble is not None else p.unsqueeze(0) for p in parameters])
-            out: dict[str, Tensor] = {}
+    def _time_forward(self, i: int) -> Tensor:
+        weights = [p for pair in self.of_field(i).time for p in pair]
+        found = dense.forward(self.time_inputs(i), weights, self.width, self.time_kind(), False)[0]
+        return found if self.shared else found.unflatten(1, self.raw_features.shape[1:3])
 
-            def encode(x: Tensor, layers: list[tuple[Tensor, Tensor]], precision: str | None) -> Tensor:
-                for w, b in layers:
-                    x = reference.activate(_dense(x, w, b, precision), spec.activation)
-                return x
+    def _film_head(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """The rows of encoded cond of all FiLM weights side by side, [E, encoded, sum of 2 padded widths], and bias."""
+        t = self.layout.time_features
+        weights, biases = [], []
+        for (weight, bias), pad in zip(parts.films, self.layout.pads, strict=True):
+            for w, b in zip(weight[:, :-t].chunk(2, -1), bias.chunk(2, -1), strict=True):
+                weights.append(F.pad(w, (0, pad)) if pad else w)
+                biases.append(F.pad(b, (0, pad)) if pad else b)
+        return torch.cat(weights, -1), torch.cat(biases, -1)
 
-            if parts.time:
-                if shared:  # few numbers: they stay float32
-                    out["features"] = encode(raw.expand(width, *raw.shape), parts.time, None)
-                else:
-                    out["features"] = encode(raw.transpose(0, 1), parts.time, self.precision).transpose(0, 1)
-            if spec.film:
-                t = spec.time_features
-                if spec.cond_dim:
-                    encoded = encode(cond.expand(width, -1, -1), parts.encoder, self.precision)
-                    films = [_dense(encoded, w[:, :-t], b, self.precision) for w, b in parts.films]
-                else:
-                    films = [b.unsqueeze(1) for _, b in parts.films]
-                halves = [half for f in films for half in f.chunk(2, dim=-1)]
-                pads = [pad for pad in self.pads for _ in range(2)]
-                out["film"] = torch.cat([F.pad(h, (0, pad)) for h, pad in zip(halves, pads, strict=True)], dim=-1)
-            return out
+    def film_parameters(self, i: int) -> list[Tensor]:
+        parts = self.of_field(i)
+        return [*(p for pair in parts.encoder for p in pair), *self._film_head(parts)]
 
-        return prepare
-
-    def _pointers(self, parts: Parts) -> Iterable[Tensor]:
-        """A field's tensors in the order the native code reads them."""
-        for weight, bias in (*parts.layers, *parts.norms):
-            yield weight
-            yield bias
-        for weight, _ in parts.films:
-            yield weight
+    def _film_forward(self, i: int) -> Tensor:
+        if not self.spec.cond_dim:
+            return self._film_head(self.of_field(i))[1].unsqueeze(1)
+        parameters, kind = self.film_parameters(i), self.layout.encoder
+        return dense.forward(self.share(self.cond, i), parameters, self.width, kind, False)[0]
 
     def ints(self, evaluations: int) -> list[int]:
         """Sizes and strides that every operator begins with."""
-        shape, t = self.features.shape, self.spec.time_features
+        shape, t = self.features.shape, self.layout.time_features
         if self.shared:
-            strides = (t, shape[-2] * t if self.time_layers else 0, 0)
+            strides = (t, shape[-2] * t if self.layout.time_layers else 0, 0)
         else:
-            strides = (shape[1] * shape[2] * t, shape[2] * t if shape[1] > 1 else 0, t)
+            strides = (shape[2] * t, shape[1] * shape[2] * t if shape[0] > 1 else 0, t)
         cond_e = self.b * self.spec.cond_dim if self.cond.shape[0] > 1 else 0
         film_e = film_b = 0
         if self.film is not None:
             film_e, film_b = self.film.shape[1] * self.film.shape[2], self.film.shape[2]
             film_b = film_b if self.film.shape[1] > 1 else 0
-        sizes = (len(self.fields), self.width, self.b, self.s, evaluations, torch.get_num_threads(), int(self.shared))
+        sizes = (self.count, self.width, self.b, self.s, evaluations, torch.get_num_threads(), int(self.shared))
         return [*sizes, cond_e, *strides, film_e, film_b]
-
-    def tensors(self) -> list[Tensor | None]:
-        """Tensors that every operator begins with."""
-        n = self.spec.num_parameters
-        out: list[Tensor | None] = [self.cond, self.features, self.film]
-        for i in range(0, len(self.parameters), n):
-            out += self._pointers(self.spec.parts(self.parameters[i : i + n]))
-        return out
 
     def run(
         self,
         name: str,
         evaluations: int,
-        ints: Iterable[int],
-        reals: Iterable[float],
-        tensors: Iterable[Tensor | None],
+        ints: Sequence[int],
+        reals: Sequence[float],
+        tensors: Sequence[Tensor | None],
     ) -> None:
-        films = self.spec.film_sizes
-        film_inputs = films[0][0] if films else 0
-        cpu.call(name, self.net, film_inputs, (*self.ints(evaluations), *ints), reals, (*self.tensors(), *tensors))
+        """Run an operator with what all of them begin with."""
+        common = (self.cond, self.features, self.film, *self.layout.ordered(self.parameters))
+        cpu.call(name, self.layout.network, (*self.ints(evaluations), *ints), reals, (*common, *tensors))
 
 
 class _Gradients:
@@ -197,34 +217,30 @@ class _Gradients:
         if spec.film and (needs_cond or needs_weights):
             assert call.film is not None
             self.film = empty(call.e, m, call.film.shape[-1])
-        if needs_weights and call.time_layers:
+        if needs_weights and call.layout.time_layers:
             t = spec.time_features
-            shape = (call.e, evaluations, t) if call.shared else (evaluations, call.e, m, t)
+            shape = (call.e, evaluations, t) if call.shared else (call.e, evaluations, m, t)
             self.features = empty(*shape)
         self.parameters: list[Tensor] = []
         if needs_weights:
             # The native code does not write what is prepared.
-            make = torch.zeros_like if call.prepared else torch.empty_like
+            make = torch.zeros_like if call.layout.prepared else torch.empty_like
             self.parameters = [make(p) for p in call.parameters]
 
     def tensors(self) -> list[Tensor | None]:
-        n = self.call.spec.num_parameters
-        out: list[Tensor | None] = [self.cond, self.film, self.features, self.features]
-        for i in range(0, len(self.parameters), n):
-            out += self.call._pointers(self.call.spec.parts(self.parameters[i : i + n]))
-        return out
+        return [self.cond, self.film, self.features, self.features, *self.call.layout.ordered(self.parameters)]
 
     def finish(self) -> tuple[Tensor | None, list[Tensor]]:
         """(d_cond or None, gradients of all parameters or [])."""
         call = self.call
-        d_cond = None
-        if self.cond is not None:
-            d_cond = self._over_samples(self.cond)
-        parts_of_cond: list[Tensor] = []
-        for i in range(len(call.fields) if call.prepared and (self.needs_weights or call.spec.film) else 0):
-            parts_of_cond.append(self._upstream(i))
-        if call.spec.film and self.needs_cond:
-            d_cond = torch.cat(parts_of_cond)
+        d_cond = None if self.cond is None else self._over_samples(self.cond)
+        if self.features is not None:
+            for i in range(call.count):
+                self._time_backward(i, self.features)
+        if self.film is not None:
+            film = self._over_samples(self.film)
+            found = [self._film_backward(i, call.share(film, i)) for i in range(call.count)]
+            d_cond = torch.cat([f for f in found if f is not None]) if found[0] is not None else None
         if not self.needs_cond:
             return None, self.parameters
         if d_cond is None:  # no cond at all
@@ -238,26 +254,44 @@ class _Gradients:
         call = self.call
         return x if call.s == 1 else x.view(call.e, call.b, call.s, -1).sum(2)
 
-    def _upstream(self, i: int) -> Tensor:
-        """Adds field i's gradients through what was prepared; returns cond's, [width or 1, B, C]."""
-        call, spec = self.call, self.call.spec
-        low, n = i * call.width, spec.num_parameters
-        prepare, given = call._prepare(i), call._cond_of(i)
-        own: Sequence[Tensor] = call.fields[i]
-        if self.needs_weights:
-            primal, pull = torch.func.vjp(prepare, given, *own)[:2]
-        else:
-            primal, pull = torch.func.vjp(lambda cond: prepare(cond, *own), given)[:2]
-        cotangents = {name: torch.zeros_like(value) for name, value in primal.items()}
-        if self.film is not None:
-            film = self._over_samples(self.film).narrow(0, low, call.width)
-            cotangents["film"] = film if primal["film"].shape[1] > 1 or call.b == 1 else film.sum(1, keepdim=True)
-        if self.features is not None:
-            cotangents["features"] = self.features.narrow(0 if call.shared else 1, low, call.width)
-        grads = pull(cotangents)
-        for mine, more in zip(self.parameters[i * n : (i + 1) * n], grads[1:], strict=False):
-            mine += more
-        return grads[0]
+    def _of_field(self, i: int) -> Parts:
+        n = self.call.layout.num_parameters
+        return self.call.spec.parts(self.parameters[i * n : (i + 1) * n])
+
+    def _time_backward(self, i: int, features: Tensor) -> None:
+        call, grad = self.call, self.call.share(features, i)
+        grad = grad if call.shared else grad.flatten(1, 2)
+        inputs, none = call.time_inputs(i), grad.new_empty(0)
+        weights = [p for pair in call.of_field(i).time for p in pair]
+        found = dense.backward(grad, inputs, weights, none, call.width, call.time_kind(), False, True)[1]
+        for mine, more in zip((p for pair in self._of_field(i).time for p in pair), found, strict=True):
+            mine.copy_(more.view_as(mine))
+
+    def _film_backward(self, i: int, grad: Tensor) -> Tensor | None:
+        """Field i's gradients of FiLM's biases and of what cond's encoder holds; returns cond's, [width or 1, B, C]."""
+        call, spec, t = self.call, self.call.spec, self.call.layout.time_features
+        d_cond, d_weight, d_bias = None, None, grad.sum(1)
+        if spec.cond_dim:
+            inputs, weights, none = call.share(call.cond, i), call.film_parameters(i), grad.new_empty(0)
+            needs = (self.needs_cond, self.needs_weights)
+            d_cond, found = dense.backward(grad, inputs, weights, none, call.width, call.layout.encoder, *needs)
+            if self.needs_weights:
+                *encoder, d_weight, d_bias = found
+                for mine, more in zip((p for pair in self._of_field(i).encoder for p in pair), encoder, strict=True):
+                    mine.copy_(more.view_as(mine))
+        if not self.needs_weights:
+            return d_cond
+        at = 0
+        for (weight, bias), layer in zip(self._of_field(i).films, spec.trunk, strict=True):
+            if spec.ensemble is None:
+                weight, bias = weight.unsqueeze(0), bias.unsqueeze(0)
+            for half in range(2):
+                columns, own = slice(half * layer.width, (half + 1) * layer.width), slice(at, at + layer.width)
+                bias[:, columns] = d_bias[..., own]
+                if d_weight is not None:
+                    weight[:, :-t, columns] = d_weight[..., own]
+                at += cpu.padded(layer.width)
+        return d_cond
 
 
 # Walks --------------------------------------------------------------------------------------------------------------
@@ -367,7 +401,7 @@ def _drawn(a: Tensor, b: Tensor, t: Tensor, seed: Tensor | None, ids: Tensor | N
 def _loss_call(
     spec: FieldSpec, cond: Tensor, parameters: Sequence[Tensor], precision: str, t: Tensor, rows: torch.Size
 ) -> _Call:
-    features = spec.time_embedding.features(t.flatten(1)).unsqueeze(0)  # [1, E, M, T]
+    features = spec.time_embedding.features(t.flatten(1).unsqueeze(1))  # [E, 1, M, T]
     return _Call(spec, cond, parameters, precision, features, False, (*rows,))  # type: ignore[arg-type]
 
 
@@ -397,11 +431,8 @@ def loss(
 
 
 def _keeps(spec: FieldSpec, rows: int) -> int:
-    """How many floats a loss keeps for its way back: those of all layers' products, or none where they are sooner
-    computed again than read (narrow layers) or take too much room."""
-    widths = [layer.width for layer in spec.trunk]
-    kept = rows * sum(map(cpu.padded, widths))
-    return kept if min(widths) >= 128 and 4 * kept <= plan.STORE_BYTES else 0
+    """How many floats a loss keeps for its way back."""
+    return dense.kept_floats([layer.width for layer in spec.trunk], rows)
 
 
 def loss_fakes(b: Tensor, spec: FieldSpec, precision: str, save: bool, invariant: bool) -> tuple[Tensor, ...]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastflow import ops, reference
+from fastflow import ops
+from fastflow.dense import dense_stack
 from fastflow.fields import (
     MLP,
     Architecture,
@@ -359,6 +360,7 @@ class OneStepPolicy(nn.Module):
         obs_dim, action_dim: O and A.
         hidden, activation, norm: of the network [obs, noise] -> action.
         clip: actions are clipped to [-clip, clip] unless a call asks for the raw output; None for none.
+        backend: "reference" for plain PyTorch; else, on the CPU, native code runs the network where it can.
     """
 
     def __init__(
@@ -370,6 +372,7 @@ class OneStepPolicy(nn.Module):
         activation: str = "gelu_tanh",
         norm: str | None = None,
         clip: float | None = 1.0,
+        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -377,7 +380,7 @@ class OneStepPolicy(nn.Module):
         widths = (obs_dim + action_dim, *hidden, action_dim)
         self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), None, norm, device, dtype)
         self.obs_dim, self.action_dim = obs_dim, action_dim
-        self.activation, self.norm, self.clip = activation, norm, clip
+        self.activation, self.norm, self.clip, self.backend = activation, norm, clip, backend
 
     def forward(
         self,
@@ -393,7 +396,7 @@ class OneStepPolicy(nn.Module):
         """
         cond, lead = _rows(self, obs, None)
         x = torch.cat([cond, _normal(self, noise, lead, cond, generator)], dim=-1)
-        out = reference.dense_stack(x, self.network.parameter_list(), self.activation, self.norm)
+        out = dense_stack(x, self.network.parameter_list(), self.activation, self.norm, native=_native(self.backend))
         return (out if raw else _clip(out, self.clip)).reshape(*lead, self.action_dim)
 
 
@@ -404,6 +407,7 @@ class ValueNetwork(nn.Module):
         obs_dim, action_dim: O and A; `action_dim=0` gives a state value.
         hidden, activation, norm: of the network.
         ensemble: E members side by side, None for one.
+        backend: "reference" for plain PyTorch; else, on the CPU, native code runs the network where it can.
     """
 
     def __init__(
@@ -415,6 +419,7 @@ class ValueNetwork(nn.Module):
         ensemble: int | None = 2,
         activation: str = "gelu_tanh",
         norm: str | None = "layer",
+        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -422,7 +427,7 @@ class ValueNetwork(nn.Module):
         widths = (obs_dim + action_dim, *hidden, 1)
         self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), ensemble, norm, device, dtype)
         self.obs_dim, self.action_dim, self.ensemble = obs_dim, action_dim, ensemble
-        self.activation, self.norm = activation, norm
+        self.activation, self.norm, self.backend = activation, norm, backend
 
     def forward(self, obs: Tensor, action: Tensor | None = None, *, frozen: bool = False) -> Tensor:
         """[..., 1], or [E, ..., 1] with an ensemble; with `frozen` gradients reach obs and action but no parameter."""
@@ -432,7 +437,7 @@ class ValueNetwork(nn.Module):
         parameters = self.network.parameter_list()
         if frozen:
             parameters = [p.detach() for p in parameters]
-        out = reference.dense_stack(x, parameters, self.activation, self.norm)
+        out = dense_stack(x, parameters, self.activation, self.norm, native=_native(self.backend))
         return out.reshape(*out.shape[:-2], *lead, 1)
 
 
@@ -494,6 +499,10 @@ def _draw(
     # torch.compile follows symbolic shapes only through the overload without a generator.
     given = {} if generator is None else {"generator": generator}
     return sampler(shape, dtype=like.dtype, device=like.device, **given)
+
+
+def _native(backend: str | None) -> bool:
+    return (ops.DEFAULT_BACKEND if backend is None else backend) != "reference"
 
 
 def _clip(action: Tensor, limit: float | None) -> Tensor:

@@ -687,8 +687,9 @@ def test_the_cpu_tables_files_hold_what_is_documented(measured, tmp_path):
     assert re.fullmatch(r"cpu-[a-z0-9-]+-\d+-cores-\d{4}-\d\d-\d\d\.json", path.name)
     read = json.loads(path.read_text(encoding="utf-8"))
     assert all(re.search(rf"\b{key}\b", cpu_report.__doc__) for key in read)
-    assert set(read["hardware"]) >= {"cpu", "cpu_cores", "flags"}
+    assert set(read["hardware"]) >= {"cpu", "cpu_cores", "flags", "native"}
     assert set(read["software"]) >= {"python", "torch", "jax", "numpy", "compiler"}
+    assert str(ROOT) not in path.read_text(encoding="utf-8") and sys.executable not in str(read)
     vs = {"goal", "against", "median_us", "ratio", "p20", "p80", "met"}
     for row in read["table"]:
         assert set(row) >= {"title", "measurement", "precision", "threads", "processors", "errors"}

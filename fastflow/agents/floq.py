@@ -97,8 +97,8 @@ class FloqConfig:
     lr_final: float = 0.02
     """Learning rate from lr_decay_steps on, as a share of lr."""
     backend: Literal["auto", "fused", "reference"] | None = None
-    """What runs the flows' walks and losses, see fastflow.integrate; None takes the environment variable
-    FASTFLOW_BACKEND, or auto."""
+    """What runs the flows' walks and losses, see fastflow.integrate, and on the CPU the other networks; None takes the
+    environment variable FASTFLOW_BACKEND, or auto."""
     precision: Literal["bf16", "tf32", "fp32"] | None = None
     """Matrix products of the flows' walks and losses; None follows torch's settings, as the other networks do."""
 
@@ -330,6 +330,7 @@ class FloqNetworks(nn.Module):
             hidden=config.value_hidden_dims,
             ensemble=config.num_ensembles,
             norm=critic_norm,
+            backend=config.backend,
             **plain,
         )
         self.actor_bc_flow = FlowPolicy(
@@ -341,7 +342,12 @@ class FloqNetworks(nn.Module):
             **flow,
         )
         self.actor_onestep_flow = OneStepPolicy(
-            obs_dim, action_dim, hidden=config.actor_hidden_dims, norm=actor_norm, **plain
+            obs_dim,
+            action_dim,
+            hidden=config.actor_hidden_dims,
+            norm=actor_norm,
+            backend=config.backend,
+            **plain,
         )
         self.to_empty(device="cpu")
         for parameters in (

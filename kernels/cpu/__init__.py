@@ -14,11 +14,12 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -133,13 +134,15 @@ _state: list[ctypes.CDLL | str] = []  # the library, or why there is none
 
 def _loaded() -> ctypes.CDLL | str:
     """Asked for once per process: nothing is tried again."""
+    if _state:
+        return _state[0]
     with _lock:
         if not _state:
             try:
                 library = ctypes.CDLL(str(build()))
-                for name in ("walk", "walk_bwd", "loss", "loss_bwd"):
+                for name in ("walk", "walk_bwd", "loss", "loss_bwd", "stack", "stack_bwd"):
                     function = getattr(library, f"fastflow_{name}")
-                    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+                    function.argtypes = (ctypes.c_char_p,) * 3  # bytes are passed as they are
                 _state.append(library)
             except (Unavailable, OSError, AttributeError) as error:
                 _state.append(str(error))
@@ -182,9 +185,8 @@ def padded(width: int) -> int:
     return -(-width // columns) * columns
 
 
-@functools.lru_cache(maxsize=64)
-def _describe(net: Network, film_inputs: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The integers and reals of a network, as `Net` in network.h reads them."""
+def describe_network(net: Network, film_inputs: int) -> tuple[bytes, bytes]:
+    """The integers and reals of a network, as `Net` in network.h reads them. `film_inputs`: rows of FiLM's weights."""
     bf16 = net.precision == "bf16" and has_bf16()
     ints = [
         int(bf16),
@@ -201,18 +203,31 @@ def _describe(net: Network, film_inputs: int) -> tuple[tuple[int, ...], tuple[fl
     ]
     for width, inputs, add in zip(net.hidden, net.inputs, net.add, strict=True):
         ints += [width, add, len(inputs), *(*inputs, 0, 0)[:2]]
-    return tuple(ints), (net.low, net.high, net.sigma, net.eps, net.output_scale)
+    reals = (net.low, net.high, net.sigma, net.eps, net.output_scale)
+    return struct.pack(f"{len(ints)}q", *ints), struct.pack(f"{len(reals)}d", *reals)
+
+
+def describe_stack(
+    inputs: int, hidden: Sequence[int], outputs: int, activation: str, norm: bool, eps: float, precision: str
+) -> tuple[bytes, bytes]:
+    """The same of a plain network; `outputs` = 0 for one that ends with its last hidden layer."""
+    bf16 = precision == "bf16" and has_bf16()
+    kind = [ACTIVATIONS.index(activation), NORMS.index("after" if norm else "none"), 0, 0, 0]
+    ints = [int(bf16), outputs, inputs, 0, 0, len(hidden), *kind]
+    for i, width in enumerate(hidden):
+        ints += [width, -1, int(i > 0), max(i - 1, 0), 0]
+    return struct.pack(f"{len(ints)}q", *ints), struct.pack("5d", 0.0, 1.0, 1.0, eps, 1.0)
 
 
 def call(
     name: str,
-    net: Network,
-    film_inputs: int,
-    ints: Iterable[int],
-    reals: Iterable[float],
-    tensors: Iterable[Tensor | None],
+    network: tuple[bytes, bytes],
+    ints: Sequence[int],
+    reals: Sequence[float],
+    tensors: Sequence[Tensor | None],
 ) -> None:
-    """Run an operator: `tensors` are contiguous float32 on the CPU, in the order the source reads them.
+    """Run an operator on a network that `describe_network` described: `tensors` are contiguous float32 on the CPU, in
+    the order the source reads them.
 
     Raises:
         MemoryError: no room for its buffers.
@@ -220,13 +235,11 @@ def call(
     library = _loaded()
     if isinstance(library, str):
         raise Unavailable(library)
-    first, constants = _describe(net, film_inputs)
-    all_ints, all_reals = (*first, *ints), (*constants, *reals)
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     status = getattr(library, f"fastflow_{name}")(
-        (ctypes.c_int64 * len(all_ints))(*all_ints),
-        (ctypes.c_double * len(all_reals))(*all_reals),
-        (ctypes.c_void_p * len(pointers))(*pointers),
+        network[0] + struct.pack(f"{len(ints)}q", *ints),
+        network[1] + struct.pack(f"{len(reals)}d", *reals),
+        struct.pack(f"{len(pointers)}Q", *pointers),
     )
     if status == 1:
         raise MemoryError(f"fastflow: no memory for the buffers of {name}")

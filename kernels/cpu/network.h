@@ -12,6 +12,8 @@
 
 // Heads with at most this many outputs are dot products: a panel of packed weights would be mostly padding.
 constexpr long DOTS = 4;
+// Rows whose statistics are computed side by side.
+constexpr long GROUP = 8;
 
 enum Norm { NONE, AFTER, BEFORE, FILM };
 enum Embedding { IDENTITY, SCALED, HL_GAUSS };
@@ -34,6 +36,7 @@ struct Layer {
   long width, pad, add, inputs, input[2], film;  // film: where its scale and shift stand in a row of all layers'
 };
 
+// D = 0: no head, the last hidden layer's output is the result.
 struct Net {
   long D, C, F, T, L, activation, norm, embedding, prediction, film_inputs, film_width = 0, pad_out;
   float low, high, sigma, eps, scale;
@@ -136,7 +139,7 @@ struct Packed {
       own.bias = a.take(layer.pad), own.scale = a.take(layer.pad), own.shift = a.take(layer.pad);
       own.film_table = net.film() && shared ? a.take(evaluations * 2 * layer.pad) : nullptr;
     }
-    both(head, head_t, last.width, net.D);
+    both(head, head_t, last.width, net.D);  // of no columns without a head
     head_bias = a.take(net.pad_out), head_rows = a.take(net.D <= DOTS ? net.D * last.pad : 0);
     table = a.take((shared ? evaluations : 1) * first.pad);
   }
@@ -194,8 +197,10 @@ struct Packed {
         fill(own.film_table + j * layer.pad, 2 * layer.pad, nullptr, f + j * layer.width, 2 * layer.width, layer.width, features, step, evaluations, net.T);
       }
     }
-    both(head, head_t, given.w[size_t(net.L)], net.D, last.width, net.D);
-    padded(head_bias, given.b[size_t(net.L)], net.D, net.pad_out);
+    if (net.D > 0) {
+      both(head, head_t, given.w[size_t(net.L)], net.D, last.width, net.D);
+      padded(head_bias, given.b[size_t(net.L)], net.D, net.pad_out);
+    }
     if (net.D <= DOTS)
       for (long d = 0; d < net.D; d++)
         for (long k = 0; k < last.pad; k++) head_rows[d * last.pad + k] = k < last.width ? given.w[size_t(net.L)][k * net.D + d] : 0.0f;
@@ -267,7 +272,7 @@ struct Block {
     cond = net.cond() ? a.take<uint32_t>(n * ld(net.C)) : nullptr;
     base = net.cond() ? a.take(n * first) : nullptr;
     head = a.take(n * net.pad_out);
-    scratch = a.take(5 * net.widest() + 4 * LANES);
+    scratch = a.take((keep ? 2 * GROUP + 3 : 2) * net.widest() + 4 * LANES);
     for (auto* list : {&y, &out, &stats, &film, &d}) list->assign(size_t(L), nullptr);
     op.assign(size_t(L), nullptr);
     if (!keep) {
@@ -477,83 +482,99 @@ struct Block {
       }
   }
 
-  // Mean and 1 / standard deviation of a row.
-  struct Moments {
-    float mean, inverse;
-  };
-  Moments moments(const float* x, long width, Vec sum) const {
-    const float mean = total(sum) / float(width);
-    Vec square = {};
-    long k = 0;
-    for (; k + LANES <= width; k += LANES) {
-      Vec c = load(x + k) - mean;
-      square += c * c;
-    }
-    float rest = 0.0f;
-    for (; k < width; k++) rest += (x[k] - mean) * (x[k] - mean);
-    return {mean, 1.0f / std::sqrt((total(square) + rest) / float(width) + net.eps)};
-  }
-
   template <int A>
   static void activate_layer(Block& b, long i) { b.activate_rows<A>(i); }
   static constexpr void (*ACTIVATE[])(Block&, long) = {activate_layer<GELU_TANH>, activate_layer<GELU>, activate_layer<SILU>, activate_layer<RELU>, activate_layer<ELU>, activate_layer<MISH>, activate_layer<TANH>};
+
+  // Mean and 1 / standard deviation of some rows; several at a time, because a row's own sums wait for one another.
+  struct Moments {
+    float mean[GROUP], inverse[GROUP];
+  };
+  // mean holds the rows' sums; `x` the rows, zero beyond the width.
+  void finish_moments(Moments& m, const float* x, long ld, long width, long n) const {
+    alignas(64) float rest[LANES];
+    const long whole = width / LANES * LANES;
+    for (int i = 0; i < LANES; i++) rest[i] = whole + i < width ? 1.0f : 0.0f;
+    float square[GROUP];
+    for (long r = 0; r < n; r++) {
+      const float mean = m.mean[r] = m.mean[r] / float(width);
+      Vec sum = {};
+      for (long k = 0; k < whole; k += LANES) {
+        Vec c = load(x + r * ld + k) - mean;
+        sum += c * c;
+      }
+      if (whole < width) {
+        Vec c = (load(x + r * ld + whole) - mean) * load(rest);
+        sum += c * c;
+      }
+      square[r] = total(sum);
+    }
+    for (long r = 0; r < n; r++) m.inverse[r] = 1.0f / std::sqrt(square[r] / float(width) + net.eps);
+  }
 
   template <int A>
   void activate_rows(long i) {
     const Layer& layer = net.layers[i];
     const Packed::Hidden& own = w->layers[size_t(i)];
-    const long width = layer.width, wide = round_up(width, LANES);
+    const long width = layer.width, wide = round_up(width, LANES), pad = layer.pad;
     Vec unused;
-    for (long r = 0; r < rows; r++) {
-      const float* x = y[size_t(i)] + r * layer.pad;
-      float* to = out[size_t(i)] + r * layer.pad;
-      uint32_t* unit = op[size_t(i)] + r * ld_out(i);
-      const float* also = layer.add >= 0 ? out[size_t(layer.add)] + r * net.layers[layer.add].pad : nullptr;
-      auto put = [&](long k, Vec v) {
-        if (also) v += load(also + k);
-        store(to + k, v);
-        if (BF) operand<BF>(unit, v, int(k / LANES));
+    for (long r0 = 0; r0 < rows; r0 += GROUP) {
+      const long n = std::min<long>(GROUP, rows - r0);
+      const float* x = y[size_t(i)] + r0 * pad;
+      float* to = out[size_t(i)] + r0 * pad;
+      auto put = [&](long r, long k, Vec v) {
+        if (layer.add >= 0) v += load(out[size_t(layer.add)] + (r0 + r) * net.layers[layer.add].pad + k);
+        store(to + r * pad + k, v);
+        if (BF) operand<BF>(op[size_t(i)] + (r0 + r) * ld_out(i), v, int(k / LANES));
       };
       if (net.norm == NONE) {
-        for (long k = 0; k < wide; k += LANES) put(k, activate<A, false>(load(x + k), unused));
+        for (long r = 0; r < n; r++)
+          for (long k = 0; k < wide; k += LANES) put(r, k, activate<A, false>(load(x + r * pad + k), unused));
         continue;
       }
-      Vec sum = {};
-      if (net.norm == AFTER) {
+      Moments m;
+      for (long r = 0; r < n; r++) {
+        Vec sum = {};
         for (long k = 0; k < wide; k += LANES) {
-          Vec v = activate<A, false>(load(x + k), unused);
-          store(to + k, v);
+          Vec v = load(x + r * pad + k);
+          if (net.norm == AFTER) store(to + r * pad + k, v = activate<A, false>(v, unused));
           sum += v;
         }
-        const Moments m = moments(to, width, sum);
-        for (long k = 0; k < wide; k += LANES) put(k, (load(to + k) - m.mean) * (load(own.scale + k) * m.inverse) + load(own.shift + k));
-        if (keep) stats[size_t(i)][2 * r] = m.mean, stats[size_t(i)][2 * r + 1] = m.inverse;
-        continue;
+        m.mean[r] = total(sum);
       }
-      for (long k = 0; k < wide; k += LANES) sum += load(x + k);
-      const Moments m = moments(x, width, sum);
-      const float* f = net.film() ? film[size_t(i)] + r * 2 * layer.pad : nullptr;
-      for (long k = 0; k < wide; k += LANES) {
-        Vec hat = (load(x + k) - m.mean) * m.inverse;
-        Vec z = f ? hat * (1.0f + load(f + k)) + load(f + layer.pad + k) : hat * load(own.scale + k) + load(own.shift + k);
-        put(k, activate<A, false>(z, unused));
+      finish_moments(m, net.norm == AFTER ? to : x, pad, width, n);
+      for (long r = 0; r < n && keep; r++) stats[size_t(i)][2 * (r0 + r)] = m.mean[r], stats[size_t(i)][2 * (r0 + r) + 1] = m.inverse[r];
+      for (long r = 0; r < n; r++) {
+        if (net.norm == AFTER) {
+          for (long k = 0; k < wide; k += LANES)
+            put(r, k, (load(to + r * pad + k) - m.mean[r]) * (load(own.scale + k) * m.inverse[r]) + load(own.shift + k));
+          continue;
+        }
+        const float* f = net.film() ? film[size_t(i)] + (r0 + r) * 2 * pad : nullptr;
+        for (long k = 0; k < wide; k += LANES) {
+          Vec hat = (load(x + r * pad + k) - m.mean[r]) * m.inverse[r];
+          Vec z = f ? hat * (1.0f + load(f + k)) + load(f + pad + k) : hat * load(own.scale + k) + load(own.shift + k);
+          put(r, k, activate<A, false>(z, unused));
+        }
       }
-      if (keep) stats[size_t(i)][2 * r] = m.mean, stats[size_t(i)][2 * r + 1] = m.inverse;
     }
   }
 
   // Backward ---------------------------------------------------------------------------------------------------------
 
-  // d_head [rows, pad_out] holds the head's gradient, zero in its padding. Afterwards d_features holds that of the state
+  // d_head [rows, pad_out] holds the head's gradient, zero in its padding; without a head d[L - 1] that of the result.
+  // Afterwards d_features holds that of the state
   // features (with_state), d_time that of the rows' own time features (with_time), film[i] those of scale and shift;
   // d_base has grown by cond's share.
   void backward(long n, bool with_weights, bool with_state, bool with_time) {
     const long last = net.L - 1;
     const Layer& top = net.layers[last];
     std::fill(reached.begin(), reached.end(), false);
-    if (with_weights) head_weights();
-    units_of_rows(row_units, ld(net.D), d_head, net.pad_out, net.D);
-    product<BF>(rows, top.width, units<BF>(net.D), row_units, ld(net.D), w->head_t, d[size_t(last)], top.pad, {});
+    if (net.D > 0) {
+      if (with_weights) head_weights();
+      units_of_rows(row_units, ld(net.D), d_head, net.pad_out, net.D);
+      product<BF>(rows, top.width, units<BF>(net.D), row_units, ld(net.D), w->head_t, d[size_t(last)], top.pad, {});
+    }
     reached[size_t(last)] = true;
     bool time_reached = false;
     for (long i = last; i >= 0; i--) {
@@ -705,63 +726,72 @@ struct Block {
     const Packed::Hidden& own = w->layers[size_t(i)];
     const long width = layer.width, wide = round_up(width, LANES), pad = layer.pad;
     const bool tabled = shared && i == 0;
-    float *hats = scratch, *slopes = hats + net.widest();
+    const long most = net.widest();
+    float *hats = scratch, *slopes = hats + GROUP * most;
     // A block's sums first, then those of blocks: a long sum of single rows would lose bits.
-    float *bias = with_weights ? slopes + net.widest() : nullptr, *scale = bias && net.affine() ? bias + net.widest() : nullptr;
-    float* shift = scale ? scale + net.widest() : nullptr;
+    float *bias = with_weights ? slopes + GROUP * most : nullptr, *scale = bias && net.affine() ? bias + most : nullptr;
+    float* shift = scale ? scale + most : nullptr;
     if (bias) memset(bias, 0, size_t(pad) * 4);
     if (scale) memset(scale, 0, size_t(pad) * 4), memset(shift, 0, size_t(pad) * 4);
     auto grow = [](float* to, long k, Vec v) { store(to + k, load(to + k) + v); };
-    for (long r = 0; r < rows; r++) {
-      const float* x = y[size_t(i)] + r * pad;
-      float* g = d[size_t(i)] + r * pad;
+    for (long r0 = 0; r0 < rows; r0 += GROUP) {
+      const long count = std::min<long>(GROUP, rows - r0);
+      const float* x = y[size_t(i)] + r0 * pad;
+      float* g = d[size_t(i)] + r0 * pad;
       if (net.norm == NONE) {
-        for (long k = 0; k < wide; k += LANES) {
-          Vec s;
-          activate<A, true>(load(x + k), s);
-          Vec v = load(g + k) * s;
-          store(g + k, v);
-          if (bias) grow(bias, k, v);
-        }
+        for (long r = 0; r < count; r++)
+          for (long k = 0; k < wide; k += LANES) {
+            Vec s;
+            activate<A, true>(load(x + r * pad + k), s);
+            Vec v = load(g + r * pad + k) * s;
+            store(g + r * pad + k, v);
+            if (bias) grow(bias, k, v);
+          }
         continue;
       }
-      const float mean = stats[size_t(i)][2 * r], inverse = stats[size_t(i)][2 * r + 1];
-      float* f = net.film() ? film[size_t(i)] + r * 2 * pad : nullptr;
-      Vec sum = {}, along = {};
-      for (long k = 0; k < wide; k += LANES) {
-        Vec s, hat, v = load(g + k);
-        if (net.norm == AFTER) {
-          hat = (activate<A, true>(load(x + k), s) - mean) * inverse;
-          if (scale) grow(scale, k, v * hat), grow(shift, k, v);
-          v *= load(own.scale + k);
-          store(slopes + k, s);
-        } else {
-          hat = (load(x + k) - mean) * inverse;
-          Vec z = f ? hat * (1.0f + load(f + k)) + load(f + pad + k) : hat * load(own.scale + k) + load(own.shift + k);
-          activate<A, true>(z, s);
-          v *= s;
-          if (f) {
-            Vec factor = 1.0f + load(f + k);
-            store(f + k, v * hat), store(f + pad + k, v);
-            v *= factor;
-          } else {
+      float a[GROUP], b[GROUP];
+      for (long r = 0; r < count; r++) {
+        const float mean = stats[size_t(i)][2 * (r0 + r)], inverse = stats[size_t(i)][2 * (r0 + r) + 1];
+        float* f = net.film() ? film[size_t(i)] + (r0 + r) * 2 * pad : nullptr;
+        Vec sum = {}, along = {};
+        for (long k = 0; k < wide; k += LANES) {
+          Vec s, hat, v = load(g + r * pad + k);
+          if (net.norm == AFTER) {
+            hat = (activate<A, true>(load(x + r * pad + k), s) - mean) * inverse;
             if (scale) grow(scale, k, v * hat), grow(shift, k, v);
             v *= load(own.scale + k);
+            store(slopes + r * most + k, s);
+          } else {
+            hat = (load(x + r * pad + k) - mean) * inverse;
+            Vec z = f ? hat * (1.0f + load(f + k)) + load(f + pad + k) : hat * load(own.scale + k) + load(own.shift + k);
+            activate<A, true>(z, s);
+            v *= s;
+            if (f) {
+              Vec factor = 1.0f + load(f + k);
+              store(f + k, v * hat), store(f + pad + k, v);
+              v *= factor;
+            } else {
+              if (scale) grow(scale, k, v * hat), grow(shift, k, v);
+              v *= load(own.scale + k);
+            }
           }
-          store(slopes + k, all(1.0f));
+          store(hats + r * most + k, hat);
+          store(g + r * pad + k, v);
+          sum += v, along += v * hat;
         }
-        store(hats + k, hat);
-        store(g + k, v);
-        sum += v, along += v * hat;
+        // Lanes beyond the width hold zero gradients.
+        a[r] = total(sum), b[r] = total(along);
       }
-      // Lanes beyond the width hold zero gradients.
-      const float a = total(sum) / float(width), b = total(along) / float(width);
-      for (long k = 0; k < wide; k += LANES) {
-        Vec v = (load(g + k) - a - load(hats + k) * b) * inverse * load(slopes + k);
-        store(g + k, v);
-        if (bias) grow(bias, k, v);
+      for (long r = 0; r < count; r++) {
+        const float inverse = stats[size_t(i)][2 * (r0 + r) + 1], mean_g = a[r] / float(width), mean_gh = b[r] / float(width);
+        for (long k = 0; k < wide; k += LANES) {
+          Vec v = (load(g + r * pad + k) - mean_g - load(hats + r * most + k) * mean_gh) * inverse;
+          if (net.norm == AFTER) v *= load(slopes + r * most + k);
+          store(g + r * pad + k, v);
+          if (bias) grow(bias, k, v);
+        }
+        for (long k = width; k < wide; k++) g[r * pad + k] = 0.0f;
       }
-      for (long k = width; k < wide; k++) g[k] = 0.0f;
     }
     for (long k = 0; bias && k < wide; k += LANES) {
       grow(tabled ? sums->table + n * pad : sums->bias[size_t(i)], k, load(bias + k));

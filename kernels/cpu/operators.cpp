@@ -51,7 +51,7 @@ void for_all(long tasks, long threads, Do what) {
 template <class P>
 Weights<P> member_weights(Arguments& a, const Net& net) {
   Weights<P> w;
-  for (long i = 0; i <= net.L; i++) w.w.push_back(P(a.pointer<void>())), w.b.push_back(P(a.pointer<void>()));
+  for (long i = 0; i < net.L + (net.D > 0); i++) w.w.push_back(P(a.pointer<void>())), w.b.push_back(P(a.pointer<void>()));
   for (long i = 0; i < net.L && net.affine(); i++) w.scale.push_back(P(a.pointer<void>())), w.shift.push_back(P(a.pointer<void>()));
   for (long i = 0; i < net.L && net.film(); i++) w.film.push_back(P(a.pointer<void>()));
   return w;
@@ -61,7 +61,7 @@ Weights<P> member_weights(Arguments& a, const Net& net) {
 struct Sizes {
   std::vector<long> w, b;
   explicit Sizes(const Net& net) {
-    for (long i = 0; i <= net.L; i++) {
+    for (long i = 0; i < net.L + (net.D > 0); i++) {
       long rows = i == 0 ? net.cond() + net.F + (net.film() ? 0 : net.T) : i == net.L ? net.layers[net.L - 1].width : 0;
       const long columns = i == net.L ? net.D : net.layers[i].width;
       for (long j = 0; i > 0 && i < net.L && j < net.layers[i].inputs; j++) rows += net.layers[net.layers[i].input[j]].width;
@@ -255,7 +255,7 @@ struct Chunks {
           continue;
         }
         to = Weights<float*>();
-        for (long l = 0; l <= net.L; l++) to.w.push_back(a.take(c.sizes.w[size_t(l)])), to.b.push_back(a.take(c.sizes.b[size_t(l)]));
+        for (size_t l = 0; l < c.sizes.w.size(); l++) to.w.push_back(a.take(c.sizes.w[l])), to.b.push_back(a.take(c.sizes.b[l]));
         for (long l = 0; l < net.L && net.affine(); l++) to.scale.push_back(a.take(net.layers[l].width)), to.shift.push_back(a.take(net.layers[l].width));
         for (long l = 0; l < net.L && net.film(); l++) to.film.push_back(a.take(net.T * 2 * net.layers[l].width));
       }
@@ -314,7 +314,7 @@ struct Chunks {
       const long skip = (net.cond() + net.F) * first.width;
       if (!net.film()) time_rows(s.table, first.pad, first.width, given.w[0] + skip, g->w[0] + skip, first.width);
     }
-    add(g->b[size_t(net.L)], s.head_bias, net.D);
+    if (net.D > 0) add(g->b[size_t(net.L)], s.head_bias, net.D);
     for (long d = 0; d < net.D && net.D <= DOTS; d++)
       for (long k = 0; k < last.width; k++) g->w[size_t(net.L)][k * net.D + d] += s.head[d * last.pad + k];
   }
@@ -339,12 +339,13 @@ struct Chunks {
 
 // Rows' own gradients that the network's way back leaves in a block, to where the caller wants them.
 struct RowGradients {
-  float *cond, *film, *features;  // [E, M, C], [E, M, film width], [N, E, M, T]; null where not wanted
+  float *cond, *film, *features;  // [E, M, C], [E, M, film width], [E, N, M, T]; null where not wanted
   explicit RowGradients(Arguments& g) { cond = g.pointer<float>(), film = g.pointer<float>(), features = g.pointer<float>(); }
 
   template <bool BF>
-  void take(const Call& c, const Block<BF>& b, long row, long n, bool more) const {
+  void take(const Call& c, const Block<BF>& b, long e, long first, long n, bool more) const {
     const Net& net = c.net;
+    const long row = e * c.M + first;
     for (long r = 0; film && r < b.rows; r++)
       for (long i = 0; i < net.L; i++) {
         const Layer& layer = net.layers[i];
@@ -353,7 +354,7 @@ struct RowGradients {
         for (long k = 0; k < 2 * layer.pad; k += LANES) store(to + k, more ? load(to + k) + load(from + k) : load(from + k));
       }
     for (long r = 0; features && !c.shared && r < b.rows; r++)
-      memcpy(features + (n * c.E * c.M + row + r) * net.T, b.d_time + r * round_up(net.T, COLS), size_t(net.T) * 4);
+      memcpy(features + ((e * c.N + n) * c.M + first + r) * net.T, b.d_time + r * round_up(net.T, COLS), size_t(net.T) * 4);
   }
 };
 
@@ -400,7 +401,7 @@ void walk_bwd(Arguments& g) {
         }
         b.backward(n, with_weights, true, of_rows.features != nullptr);
         b.state_gradient(x, to);
-        of_rows.take(w, b, row, n, more);
+        of_rows.take(w, b, e, first, n, more);
         more = true;
       };
       for (long k = w.K - 1; k >= 0; k--) {
@@ -544,7 +545,7 @@ void loss_bwd(Arguments& g) {
       const bool with_state = d_a || (d_b && w.interpolate);
       b.backward(0, with_weights, with_state, of_rows.features != nullptr);
       if (with_state) b.state_gradient(x, d_x);
-      of_rows.take(w, b, row, 0, false);
+      of_rows.take(w, b, e, first, 0, false);
       b.cond_gradient(with_weights, of_rows.cond ? of_rows.cond + row * w.net.C : nullptr);
       for (long r = 0; r < b.rows; r++)
         for (long j = 0; j < D; j++) {
@@ -554,6 +555,71 @@ void loss_bwd(Arguments& g) {
           if (d_a) d_a[i] = w.interpolate ? (1.0f - w.keep * t) * to_x + w.keep * d_error : to_x;
           if (d_b) d_b[i] = w.interpolate ? t * to_x - d_error : -d_error;
         }
+    }
+    chunks.finish(task);
+    own_buffers.trim(KEEP);
+  });
+  chunks.join();
+  packed_weights.trim(KEEP);
+}
+
+// Plain networks ------------------------------------------------------------------------------------------------------
+//
+// Dense layers without a flow: their input takes cond's place.
+
+template <bool BF>
+void stack(Arguments& g) {
+  const Call c(g);
+  float *y = g.pointer<float>(), *kept = g.pointer<float>();
+  const auto packed = pack_weights<BF>(c, false);
+  const long last = c.net.L - 1, D = c.net.D > 0 ? c.net.D : c.net.layers[last].width;
+  const long most = std::max<long>(ROWS, round_up((c.E * c.M + c.threads - 1) / c.threads, ROWS));
+  const long block = std::min(c.block(), most), blocks = (c.M + block - 1) / block;
+  for_all(c.E * blocks, c.threads, [&](long task) {
+    const long e = task / blocks, first = task % blocks * block, row = e * c.M + first;
+    Block<BF> b(c.net);
+    own_buffers.hold([&](Arena& a) { b.lay(a, block, true, false); });
+    b.w = &packed[size_t(e)], b.rows = std::min(block, c.M - first);
+    if (kept) b.place(kept, c.E * c.M, row);
+    b.set_cond(c.cond_of(e), first, 1);
+    b.forward(0, nullptr, 0, first, 1);
+    const float* from = c.net.D > 0 ? b.head : b.out[size_t(last)];
+    const long ld = c.net.D > 0 ? c.net.pad_out : c.net.layers[last].pad;
+    for (long r = 0; r < b.rows; r++) memcpy(y + (row + r) * D, from + r * ld, size_t(D) * 4);
+    own_buffers.trim(KEEP);
+  });
+  packed_weights.trim(KEEP);
+}
+
+template <bool BF>
+void stack_bwd(Arguments& g) {
+  const Call c(g);
+  const bool with_weights = g.integer() != 0;
+  const float* grad = g.pointer<float>();
+  float *kept = g.pointer<float>(), *d_x = g.pointer<float>();
+  Chunks<BF> chunks(c, g, with_weights);
+  const auto packed = pack_weights<BF>(c, true);
+  const long block = c.block(), last = c.net.L - 1, D = c.net.D > 0 ? c.net.D : c.net.layers[last].width;
+  for_all(c.E * chunks.chunks, c.threads, [&](long task) {
+    const long e = task % c.E, from = task / c.E * chunks.rows, to = std::min(c.M, from + chunks.rows);
+    Block<BF> b(c.net);
+    own_buffers.hold([&](Arena& a) { b.lay(a, block, true, true, kept != nullptr); });
+    b.w = &packed[size_t(e)], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
+    chunks.begin(task);
+    for (long first = from; first < to; first += block) {
+      const long row = e * c.M + first;
+      b.rows = std::min(block, to - first);
+      b.set_cond(c.cond_of(e), first, 1, !kept);
+      if (kept) b.place(kept, c.E * c.M, row);
+      for (long i = 0; kept && i < c.net.L; i++) b.finish_layer(i, 0, nullptr, 0, first, 1);
+      if (!kept) b.forward(0, nullptr, 0, first, 1);
+      memset(b.d_base, 0, size_t(b.rows * c.net.layers[0].pad) * 4);
+      float* d = c.net.D > 0 ? b.d_head : b.d[size_t(last)];
+      const long ld = c.net.D > 0 ? c.net.pad_out : c.net.layers[last].pad;
+      memset(d, 0, size_t(b.rows * ld) * 4);
+      for (long r = 0; r < b.rows; r++) memcpy(d + r * ld, grad + (row + r) * D, size_t(D) * 4);
+      b.backward(0, with_weights, false, false);
+      b.cond_gradient(with_weights, d_x ? d_x + row * c.net.C : nullptr);
     }
     chunks.finish(task);
     own_buffers.trim(KEEP);
@@ -583,6 +649,8 @@ int fastflow_walk(const int64_t* i, const double* r, void* const* p) { return ru
 int fastflow_walk_bwd(const int64_t* i, const double* r, void* const* p) { return run(*i ? walk_bwd<true> : walk_bwd<false>, i + 1, r, p); }
 int fastflow_loss(const int64_t* i, const double* r, void* const* p) { return run(*i ? loss<true> : loss<false>, i + 1, r, p); }
 int fastflow_loss_bwd(const int64_t* i, const double* r, void* const* p) { return run(*i ? loss_bwd<true> : loss_bwd<false>, i + 1, r, p); }
+int fastflow_stack(const int64_t* i, const double* r, void* const* p) { return run(*i ? stack<true> : stack<false>, i + 1, r, p); }
+int fastflow_stack_bwd(const int64_t* i, const double* r, void* const* p) { return run(*i ? stack_bwd<true> : stack_bwd<false>, i + 1, r, p); }
 // Width of vectors in floats, whether bfloat16 products are there, whether threads are.
 int fastflow_lanes() { return LANES; }
 int fastflow_bf16() {

@@ -44,13 +44,21 @@ INLINE Vec larger(Vec a, Vec b) { return pick(a < b, b, a); }
 INLINE Vec magnitude(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<Int>(x) & 0x7fffffff); }
 INLINE Vec with_sign(Vec x, Vec sign) { return reinterpret_cast<Vec>(reinterpret_cast<Int>(x) | (reinterpret_cast<Int>(sign) & int32_t(0x80000000))); }
 
-// The sum of all lanes, in the same order whatever the compiler makes of it.
+// The sum of all lanes: halves are added until one lane is left.
 INLINE float total(Vec x) {
-  alignas(64) float t[LANES];
-  memcpy(t, &x, sizeof t);
-  for (int w = LANES / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; i++) t[i] += t[i + w];
-  return t[0];
+#if defined(__AVX512F__)
+  __m512 z = reinterpret_cast<__m512>(x);
+  __m256 y = _mm256_add_ps(_mm512_castps512_ps256(z), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(z), 1)));
+#elif defined(__AVX2__)
+  __m256 y = reinterpret_cast<__m256>(x);
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__)
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
 }
 
 // x = n ln 2 + r with |r| <= ln 2 / 2.

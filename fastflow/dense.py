@@ -1,0 +1,231 @@
+"""Plain networks, Dense -> activation -> optional LayerNorm, then Dense, as one operator on the CPU.
+
+Policies and value networks beside a flow are this; so are the encoders inside a field.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastflow import reference
+from fastflow.kernels import cpu, plan
+
+
+class Kind(NamedTuple):
+    """A network without its weights: widths from input to result, with or without a Dense layer behind the last hidden
+    one (`head`)."""
+
+    widths: tuple[int, ...]
+    head: bool
+    activation: str
+    norm: bool
+    eps: float
+    precision: str
+
+
+# Layers at least this wide keep their products for the way back; narrower ones are sooner computed again than read.
+KEPT_WIDTH = 128
+
+
+def kept_floats(hidden: Sequence[int], rows: int) -> int:
+    """How many floats a pass over `rows` rows keeps for its way back: those of all hidden layers' products, or none."""
+    kept = rows * sum(map(cpu.padded, hidden))
+    return kept if min(hidden) >= KEPT_WIDTH and 4 * kept <= plan.STORE_BYTES else 0
+
+
+@functools.lru_cache(maxsize=256)
+def _description(kind: Kind) -> tuple[bytes, bytes]:
+    hidden = kind.widths[1:-1] if kind.head else kind.widths[1:]
+    outputs = kind.widths[-1] if kind.head else 0
+    return cpu.describe_stack(kind.widths[0], hidden, outputs, kind.activation, kind.norm, kind.eps, kind.precision)
+
+
+def _hidden(kind: Kind) -> tuple[int, ...]:
+    return kind.widths[1:-1] if kind.head else kind.widths[1:]
+
+
+def _ints(x: Tensor, members: int) -> list[int]:
+    rows, width = x.shape[1], x.shape[2]
+    return [1, members, rows, 1, 1, torch.get_num_threads(), 1, rows * width if x.shape[0] > 1 else 0, *(0,) * 5]
+
+
+def forward(x: Tensor, parameters: Sequence[Tensor], members: int, kind: Kind, keep: bool) -> tuple[Tensor, Tensor]:
+    """(y [E, M, out], what `backward` reads) of x [E or 1, M, in]; parameters [in, out] or [E, in, out]."""
+    x = x.contiguous()
+    y = x.new_empty(members, x.shape[1], kind.widths[-1])
+    kept = x.new_empty(kept_floats(_hidden(kind), members * x.shape[1]) if keep else 0)
+    if y.numel():
+        weights = [p.contiguous() for p in parameters]
+        tensors = (x, None, None, *weights, y, kept if kept.numel() else None)
+        cpu.call("stack", _description(kind), _ints(x, members), (), tensors)
+    return y, kept
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    kept: Tensor,
+    members: int,
+    kind: Kind,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """(d_x, shaped as x, or None; gradients of all parameters or [])."""
+    x = x.contiguous()
+    d_x = x.new_empty(members, *x.shape[1:]) if needs_x else None
+    weights = [p.contiguous() for p in parameters]
+    grads = [torch.empty_like(p) for p in weights] if needs_weights else []
+    if not grad.numel():
+        return None if d_x is None else torch.zeros_like(x), [g.zero_() for g in grads]
+    tensors = (x, None, None, *weights, grad.contiguous(), kept if kept.numel() else None, d_x, None, *grads)
+    cpu.call("stack_bwd", _description(kind), (*_ints(x, members), int(needs_weights)), (), tensors)
+    if d_x is not None and x.shape[0] < members:
+        d_x = d_x.sum(0, keepdim=True)
+    return d_x, grads
+
+
+# The operator -------------------------------------------------------------------------------------------------------
+
+
+def _kind(x: Tensor, parameters: Sequence[Tensor], activation: str, norm: bool, eps: float, precision: str) -> Kind:
+    n = len(parameters) // 2
+    layers = (n + 1) // 2 if norm else n
+    widths = (x.shape[-1], *(b.shape[-1] for b in parameters[1 : 2 * layers : 2]))
+    return Kind(widths, True, activation, norm, eps, precision)
+
+
+def _members(parameters: Sequence[Tensor]) -> int:
+    return parameters[0].shape[0] if parameters[0].dim() == 3 else 1
+
+
+@torch.library.custom_op(
+    "fastflow::dense_stack",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] parameters, str activation, bool norm, float eps, str precision, bool keep) -> "
+    "(Tensor y, Tensor kept)",
+)
+def _dense_stack(
+    x: Tensor, parameters: list[Tensor], activation: str, norm: bool, eps: float, precision: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    kind = _kind(x, parameters, activation, norm, eps, precision)
+    return forward(x, parameters, _members(parameters), kind, keep)
+
+
+@_dense_stack.register_fake
+def _(
+    x: Tensor, parameters: list[Tensor], activation: str, norm: bool, eps: float, precision: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    kind, members = _kind(x, parameters, activation, norm, eps, precision), _members(parameters)
+    rows = members * x.shape[1]
+    return (
+        x.new_empty(members, x.shape[1], kind.widths[-1]),
+        x.new_empty(kept_floats(_hidden(kind), rows) if keep else 0),
+    )
+
+
+@torch.library.custom_op(
+    "fastflow::dense_stack_bwd",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor[] parameters, Tensor kept, str activation, bool norm, float eps, "
+    "str precision, bool[] needs) -> Tensor[]",
+)
+def _dense_stack_bwd(
+    grad: Tensor,
+    x: Tensor,
+    parameters: list[Tensor],
+    kept: Tensor,
+    activation: str,
+    norm: bool,
+    eps: float,
+    precision: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """[d_x, *d_parameters]; a tensor without elements for what `needs` (x, parameters) does not ask for."""
+    kind = _kind(x, parameters, activation, norm, eps, precision)
+    d_x, grads = backward(grad, x, parameters, kept, _members(parameters), kind, *needs)
+    return [x.new_empty(0) if d_x is None else d_x, *(grads or [p.new_empty(0) for p in parameters])]
+
+
+@_dense_stack_bwd.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    parameters: list[Tensor],
+    kept: Tensor,
+    activation: str,
+    norm: bool,
+    eps: float,
+    precision: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    wanted = (needs[0], *[needs[1]] * len(parameters))
+    return [t.new_empty(t.shape if need else (0,)) for t, need in zip((x, *parameters), wanted, strict=True)]
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, parameters, *ctx.options, _keep = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], *parameters)
+
+
+def _gradient(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Any, ...]:
+    x, kept, *parameters = ctx.saved_tensors
+    rest = [None] * 5
+    needs_x, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    if grad is None:
+        return (None, [None] * len(parameters), *rest)
+    if torch.is_grad_enabled():
+        # Somebody differentiates this gradient: plain PyTorch can be.
+        activation, norm, eps, precision = ctx.options
+        leaves = [x, *parameters]
+        y = reference.dense_stack(x, parameters, activation, "layer" if norm else None, eps, precision)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+        grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        return (grads[0], grads[1:], *rest)
+    needs = [needs_x, any(needs_parameters)]
+    d_x, *d_parameters = _dense_stack_bwd(grad, x, parameters, kept, *ctx.options, needs)
+    return (d_x if needs_x else None, d_parameters if needs[1] else [None] * len(parameters), *rest)
+
+
+_dense_stack.register_autograd(_gradient, setup_context=_setup)
+
+
+def dense_stack(
+    x: Tensor, parameters: Sequence[Tensor], activation: str, norm: str | None, eps: float = 1e-6, native: bool = True
+) -> Tensor:
+    """`reference.dense_stack`, on the CPU in native code where that covers the call and `native` allows it.
+
+    Args:
+        x: [..., in], or [E, ..., in] with ensemble parameters.
+        parameters, activation, norm, eps: as there. Under autocast native products take bfloat16.
+
+    Returns:
+        [..., out], or [E, ..., out].
+    """
+    if not (native and _covered(x, parameters)):
+        return reference.dense_stack(x, parameters, activation, norm, eps)
+    ensemble = parameters[0].dim() == 3
+    rows = x if ensemble else x.unsqueeze(0)
+    if ensemble and rows.stride(0) == 0:
+        rows = rows[:1]  # one input for all members
+    lead = rows.shape[1:-1]
+    rows = rows.reshape(rows.shape[0], lead.numel(), rows.shape[-1])
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    precision = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
+    y = torch.ops.fastflow.dense_stack(rows, list(parameters), activation, norm is not None, eps, precision, keep)[0]
+    return y.reshape(y.shape[0], *lead, y.shape[-1]) if ensemble else y.reshape(*lead, y.shape[-1])
+
+
+def _covered(x: Tensor, parameters: Sequence[Tensor]) -> bool:
+    if x.device.type != "cpu" or len(parameters) < 4 or any(t.dtype != torch.float32 for t in (x, *parameters)):
+        return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False
+    return cpu.why_unavailable() is None
