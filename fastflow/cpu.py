@@ -9,6 +9,7 @@ cond, is a network before the network (`fastflow.dense`).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -437,7 +438,7 @@ def _keeps(spec: FieldSpec, rows: int) -> int:
 
 def loss_fakes(b: Tensor, spec: FieldSpec, precision: str, save: bool, invariant: bool) -> tuple[Tensor, ...]:
     """Empty tensors of `loss`'s shapes."""
-    kept = _keeps(spec, b.shape[:-1].numel()) if save else 0
+    kept = _keeps(spec, math.prod(b.shape[:-1])) if save else 0
     error = b.new_empty(b.shape if kept else (0,))
     none = [b.new_empty(0) for _ in range(3)]
     return (b.new_empty(b.shape[:-1]), error, none[0], b.new_empty(kept), *none[1:])

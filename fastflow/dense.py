@@ -6,13 +6,14 @@ Policies and value networks beside a flow are this; so are the encoders inside a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastflow import reference
+from fastflow import operators, reference
 from fastflow.kernels import cpu, plan
 
 
@@ -177,7 +178,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _gradient(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Any, ...]:
     x, kept, *parameters = ctx.saved_tensors
     rest = [None] * 5
-    needs_x, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    needs_x, needs_parameters, *_ = operators.needs_of(ctx)
     if grad is None:
         return (None, [None] * len(parameters), *rest)
     if torch.is_grad_enabled():
@@ -190,11 +191,20 @@ def _gradient(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Any
         grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
         return (grads[0], grads[1:], *rest)
     needs = [needs_x, any(needs_parameters)]
-    d_x, *d_parameters = _dense_stack_bwd(grad, x, parameters, kept, *ctx.options, needs)
+    d_x, *d_parameters = _backward(grad, x, parameters, kept, *ctx.options, needs)
     return (d_x if needs_x else None, d_parameters if needs[1] else [None] * len(parameters), *rest)
 
 
-_dense_stack.register_autograd(_gradient, setup_context=_setup)
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("fastflow: a gradient of a gradient needs create_graph=True when the first is computed")
+
+
+_operator = operators.Operator(_dense_stack, _setup, _gradient)
+_backward = operators.Operator(_dense_stack_bwd, _save_nothing, _refuse)
 
 
 def dense_stack(
@@ -216,10 +226,10 @@ def dense_stack(
     if ensemble and rows.stride(0) == 0:
         rows = rows[:1]  # one input for all members
     lead = rows.shape[1:-1]
-    rows = rows.reshape(rows.shape[0], lead.numel(), rows.shape[-1])
+    rows = rows.reshape(rows.shape[0], math.prod(lead), rows.shape[-1])
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     precision = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
-    y = torch.ops.fastflow.dense_stack(rows, list(parameters), activation, norm is not None, eps, precision, keep)[0]
+    y, _ = _operator(rows, list(parameters), activation, norm is not None, eps, precision, keep)
     return y.reshape(y.shape[0], *lead, y.shape[-1]) if ensemble else y.reshape(*lead, y.shape[-1])
 
 

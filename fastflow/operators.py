@@ -285,11 +285,15 @@ def inside_transform() -> bool:
 
 
 class _Nesting:
-    """How an operator's arguments, some of which are lists of tensors, lie side by side in one tuple."""
+    """How an operator's arguments, some of which are lists of tensors, lie side by side in one tuple; what to call."""
+
+    call: Callable[..., Sequence[Tensor]]
 
     def __init__(self, arguments: Sequence[Any]) -> None:
-        tensors = [isinstance(a, (list, tuple)) and all(isinstance(x, Tensor) for x in a) for a in arguments]
-        self.lengths = [len(a) if is_list else None for a, is_list in zip(arguments, tensors, strict=True)]
+        self.lengths = [
+            len(a) if isinstance(a, (list, tuple)) and all(isinstance(x, Tensor) for x in a) else None
+            for a in arguments
+        ]
 
     def flat(self, arguments: Sequence[Any]) -> list[Any]:
         out: list[Any] = []
@@ -306,11 +310,18 @@ class _Nesting:
         return out
 
 
-class _Operator:
-    """An operator with its gradient and its vmap rule, also where transforms of torch.func are active.
+class Operator:
+    """A custom operator with its gradient and its vmap rule, and the ways it is called.
 
-    There the autograd that torch.library gives an operator raises (pytorch/pytorch#168393), and an autograd.Function
-    of the same parts stands in for it. Lists of tensors become arguments of their own: it sees no tensors in lists.
+    Compiled code and modes that look at operators see the operator. Transforms of torch.func do not: the autograd that
+    torch.library gives an operator raises there (pytorch/pytorch#168393), and an autograd.Function of the same parts
+    stands in for it. Nor does plain eager code: what torch.library does around a call costs more than a small walk. An
+    autograd.Function sees no tensors in lists, so lists of tensors become arguments of their own.
+
+    Args:
+        setup_context, backward: as for `torch.library.register_autograd`.
+        vmap: as for `torch.library.register_vmap`, with the operator to call before its arguments; None for an operator
+            that its caller keeps out of transforms.
     """
 
     def __init__(
@@ -318,17 +329,19 @@ class _Operator:
         op: torch.library.CustomOpDef,
         setup_context: Callable[..., None],
         backward: Callable[..., Any],
-        vmap: Callable[..., tuple[Any, Any]],
+        vmap: Callable[..., tuple[Any, Any]] | None = None,
     ) -> None:
         self.op: Any = getattr(torch.ops.fastflow, op._name)
+        self.body: Any = op._init_fn
         op.register_autograd(backward, setup_context=setup_context)
-        op.register_vmap(functools.partial(vmap, self.op))
-        operator, call = self.op, self
+        if vmap is not None:
+            op.register_vmap(functools.partial(vmap, self.op))
+        call = self
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(nesting: _Nesting, *flat: Any) -> tuple[Tensor, ...]:
-                return tuple(operator(*nesting.nested(flat)))
+                return tuple(nesting.call(*nesting.nested(flat)))
 
             @staticmethod
             def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -341,19 +354,36 @@ class _Operator:
 
             @staticmethod
             def vmap(info: Any, in_dims: Any, nesting: _Nesting, *flat: Any) -> Any:
+                assert vmap is not None
                 outputs, dims = vmap(call, info, nesting.nested(in_dims[1:]), *nesting.nested(flat))
                 return tuple(outputs), tuple(dims)
 
         self.function = Function
 
     def __call__(self, *arguments: Any) -> Sequence[Tensor]:
-        if not inside_transform():
+        if torch.compiler.is_compiling():
             return self.op(*arguments)
         nesting = _Nesting(arguments)
-        return self.function.apply(nesting, *nesting.flat(arguments))
+        flat = nesting.flat(arguments)
+        if inside_transform():
+            nesting.call = self.op
+        elif not _plain(flat):
+            return self.op(*arguments)
+        elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+            nesting.call = self.body
+        else:
+            return self.body(*arguments)
+        return self.function.apply(nesting, *flat)
 
 
-def _needed(ctx: Any) -> Any:
+def _plain(flat: Iterable[Any]) -> bool:
+    """Whether nobody watches operators and all tensors are ordinary ones."""
+    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in flat if isinstance(x, Tensor))
+
+
+def needs_of(ctx: Any) -> Any:
     """Which inputs need a gradient, nested as the operator's arguments."""
     return ctx.nesting.nested(ctx.needs_input_grad[1:]) if hasattr(ctx, "nesting") else ctx.needs_input_grad
 
@@ -530,7 +560,7 @@ def _integrate_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _integrate_grad(ctx: Any, grad: Tensor | None, grad_path: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-    n, needed = ctx.count, _needed(ctx)
+    n, needed = ctx.count, needs_of(ctx)
     rest = [None] * 9
     grad_path = grad_path if ctx.keep else None  # else it is that of a tensor without elements
     if grad is None and grad_path is None:
@@ -615,8 +645,8 @@ def _integrate_bwd_vmap(
     return fold.undo_grads(grads, _integrate_needs(options[-1], len(parameters)), (0, 0, 1), 1, cond, in_dims[3])
 
 
-integrate = _Operator(_integrate, _integrate_setup, _integrate_grad, _integrate_vmap)
-_integrate_backward = _Operator(_integrate_bwd, _save_nothing, _refuse_double_backward, _integrate_bwd_vmap)
+integrate = Operator(_integrate, _integrate_setup, _integrate_grad, _integrate_vmap)
+_integrate_backward = Operator(_integrate_bwd, _save_nothing, _refuse_double_backward, _integrate_bwd_vmap)
 
 
 # fastflow::matching_loss --------------------------------------------------------------------------------------------
@@ -771,7 +801,7 @@ def _matching_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _matching_grad(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-    n, needed = ctx.count, _needed(ctx)
+    n, needed = ctx.count, needs_of(ctx)
     rest = [None] * 9
     if grad is None:
         return (None, None, None, None, [None] * n, *rest)
@@ -841,5 +871,5 @@ def _matching_bwd_vmap(
     return fold.undo_grads(grads, _matching_needs(options[-1], len(parameters)), (0, 0, 0), 2, cond, in_dims[4])
 
 
-matching_loss = _Operator(_matching_loss_op, _matching_setup, _matching_grad, _matching_vmap)
-_matching_backward = _Operator(_matching_loss_bwd, _save_nothing, _refuse_double_backward, _matching_bwd_vmap)
+matching_loss = Operator(_matching_loss_op, _matching_setup, _matching_grad, _matching_vmap)
+_matching_backward = Operator(_matching_loss_bwd, _save_nothing, _refuse_double_backward, _matching_bwd_vmap)

@@ -631,7 +631,7 @@ def test_sizes_of_the_cpu_table():
     assert (demo.block_width, demo.block_depth, demo.batch_size) == (64, 2, 256)
     assert (demo.noise_samples, demo.critic_flow_steps) == (1, 8)
     assert [MEASUREMENTS[f"update-cube-double-depth{d}"].case.config().block_depth for d in (2, 4)] == [2, 4]
-    assert [point.case.num_steps for point in curve("steps")] == [2, 16, 32, 64, 1, 4]
+    assert [point.case.num_steps for point in curve("steps")] == [2, 4, 16, 32, 64, 1]
 
 
 def test_rows_of_the_cpu_table_are_measured(measured):
@@ -670,8 +670,14 @@ def test_a_goal_is_against_the_fastest_of_its_kind_in_fp32():
 
     others = [("jax", "scan", "fp32", 4.0), ("jax", "unrolled", "fp32", 3.5), ("jax", "scan", "bf16", 1.0)]
     entrants = [entrant(*other) for other in (("fastflow", "", "bf16", 1.0), *others, ("eager", "", "fp32", 4.9))]
-    result = {"entrants": entrants, "threads": 2, "processors": 2}
+    result = {"entrants": entrants, "threads": 2, "processors": 2, "others": 0.01}
     row = cpu_report.table({"walk-2x2048": result})[0]
+    assert not row["disturbed"]
+    disturbed = cpu_report.table({"walk-2x2048": {**result, "others": 0.9}})[0]
+    assert disturbed["disturbed"] and disturbed["vs"] == row["vs"]
+    report = {**cpu_report.new("full"), "table": [row, disturbed]}
+    lines = [line for line in cpu_report.markdown(report).splitlines() if line.startswith("| walk 2 x")]
+    assert ["3x: 3.50x ✓ |" in line for line in lines] == [True, False]
     assert (row["vs"]["jax"]["against"], row["vs"]["jax"]["ratio"]) == ("jax unrolled fp32", 3.5)
     assert [row["vs"][rival]["met"] for rival in ("jax", "compile", "eager")] == [True, False, False]
 

@@ -11,10 +11,10 @@ import torch
 from conftest import HAS_GPU, assert_close_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import SPECS, random_field, random_inputs
+from networks import SPECS, random_field, random_inputs, to_float64
 
 import fastflow as ff
-from fastflow import ops
+from fastflow import cpu, operators, ops
 from fastflow.kernels import launch
 
 FLOQ = SPECS["floq"]
@@ -107,17 +107,18 @@ def test_operator_and_reference_agree_for_any_shape(
     batch, samples, members, num_steps, name, method, times, noisy, trajectory
 ):
     spec = SPECS[name]
-    field = random_field(spec, torch.device("cpu"))
-    inputs = random_inputs(spec, batch, samples, torch.device("cpu"))
+    # Of float64 there are no kernels: the operator runs the reference.
+    field = random_field(spec, torch.device("cpu"), torch.float64)
+    inputs = to_float64(random_inputs(spec, batch, samples, torch.device("cpu")))
     x_0 = inputs["x_0"]
     if members and spec.ensemble:
-        x_0 = torch.randn(spec.ensemble, batch, samples or 1, spec.state_dim)
+        x_0 = torch.randn(spec.ensemble, batch, samples or 1, spec.state_dim, dtype=torch.float64)
     elif x_0.dim() == 3 and spec.ensemble and (batch == samples == spec.ensemble or spec.cond_dim == 0):
         x_0 = x_0.expand(spec.ensemble, *x_0.shape)
     options = dict(num_steps=num_steps, method=method, trajectory=trajectory)
-    options |= {t: torch.rand(batch) if times in (t, "both") else float(t == "t_1") for t in ("t_0", "t_1")}
+    options |= {t: torch.rand(batch).double() if times in (t, "both") else float(t == "t_1") for t in ("t_0", "t_1")}
     if noisy:
-        options["step_noise"] = torch.randn(num_steps, *x_0.shape)
+        options["step_noise"] = torch.randn(num_steps, *x_0.shape, dtype=torch.float64)
     with torch.no_grad():
         by_operator = ff.integrate(field, x_0, inputs["cond"], **options)
         by_reference = ff.integrate(field, x_0, inputs["cond"], **options, backend="reference")
@@ -386,7 +387,7 @@ def test_fused_is_refused_where_there_is_no_kernel(device):
         ff.integrate(double, x_0, cond, num_steps=1, backend="fused")
 
 
-def test_fused_without_a_gpu_or_the_interpreter_says_so(plain_environment):
+def test_fused_without_a_kernel_says_so(plain_environment):
     code = (
         "import torch, fastflow as ff\n"
         "field = ff.VelocityField(ff.FieldSpec(1, 2, (8,)))\n"
@@ -394,9 +395,13 @@ def test_fused_without_a_gpu_or_the_interpreter_says_so(plain_environment):
         "except NotImplementedError as error: print(error)\n"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code], env=plain_environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=plain_environment | {"CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert "no fused kernel for cpu tensors; use backend='auto' or 'reference'" in out.stdout
+    assert "no fused kernel for no C++ compiler (no-such-compiler not found); use backend='auto'" in out.stdout
 
 
 def test_backend_comes_from_the_environment_once(plain_environment):
@@ -427,7 +432,7 @@ def test_second_derivatives_say_how_to_switch(device):
 # torch's own checks -------------------------------------------------------------------------------------------------
 
 
-def operator_inputs(device, fused, requires_grad=True):
+def operator_inputs(device, runner, requires_grad=True):
     """Arguments of the operators, every optional one absent and present."""
     field = random_field(SMALL, device)
     x_0, x_1 = torch.randn(2, 4, 3, 1, device=device), torch.randn(2, 4, 3, 1, device=device)
@@ -438,38 +443,42 @@ def operator_inputs(device, fused, requires_grad=True):
     empty = torch.zeros(0, device=device)
     walk, loss = (field.key, 2, 0.0, 1.0), (field.key, "fp32", True)
     needs = [True, True, True, True]
+    kept, store = runner != "reference", runner == "triton"
     calls = {
-        "integrate": (x_0, cond, parameters, None, None, None, *walk, "euler", "fp32", fused, fused, False),
-        "integrate-all": (x_0, cond, parameters, t, t + 1, noise, *walk, "midpoint", "fp32", fused, True, fused),
-        "matching_loss": (x_0, x_1, t, cond, parameters, None, None, *loss, 0.0, fused, fused, False),
-        "matching_loss-drawn": (empty, x_1, empty, cond, parameters, seed, ids, *loss, 0.1, fused, fused, True),
+        "integrate": (x_0, cond, parameters, None, None, None, *walk, "euler", "fp32", runner, kept, False),
+        "integrate-all": (x_0, cond, parameters, t, t + 1, noise, *walk, "midpoint", "fp32", runner, True, store),
+        "matching_loss": (x_0, x_1, t, cond, parameters, None, None, *loss, 0.0, runner, kept, False),
+        "matching_loss-drawn": (empty, x_1, empty, cond, parameters, seed, ids, *loss, 0.1, runner, kept, True),
     }
-    if not fused:
+    if not kept:
         grad, grad_path = torch.randn_like(x_0), torch.randn_like(noise)
-        walk += ("heun", "fp32", False, False)
+        walk += ("heun", "fp32", runner, False)
         calls["integrate_bwd"] = (grad, grad_path, x_0, cond, parameters, t, None, noise, [], *walk, needs)
         some = [True, False, True, False]
         calls["integrate_bwd-some"] = (None, grad_path, x_0, cond, parameters, None, t, None, [], *walk, some)
-        calls["matching_loss_bwd"] = (t, x_0, x_1, t, cond, parameters, None, None, [], *loss, 0.0, False, needs)
+        calls["matching_loss_bwd"] = (t, x_0, x_1, t, cond, parameters, None, None, [], *loss, 0.0, runner, needs)
     return calls
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["reference", "fused"])
+@pytest.mark.parametrize("runner", ["reference", "triton", "native"])
 @pytest.mark.parametrize("name", ["integrate", "integrate-all", "matching_loss", "matching_loss-drawn"])
 # torch 2.15's opcheck looks at .grad of its own copies.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_opcheck(name, fused, device):
-    if fused:
+def test_opcheck(name, runner, device):
+    if runner == "triton":
         pytest.importorskip("triton")
+    if runner == "native" and cpu.unsupported(torch.float32):
+        pytest.skip("no native code")
+    device = torch.device("cpu") if runner == "native" else device
     operator = getattr(torch.ops.fastflow, name.partition("-")[0])
-    torch.library.opcheck(operator, operator_inputs(device, fused)[name])
+    torch.library.opcheck(operator, operator_inputs(device, runner)[name])
 
 
 @pytest.mark.parametrize("name", ["integrate_bwd", "integrate_bwd-some", "matching_loss_bwd"])
 def test_backward_operators_know_what_they_return(name, device):
     """opcheck's modes do not see through torch.func, with which the reference's gradients are computed."""
     operator = getattr(torch.ops.fastflow, name.partition("-")[0])
-    arguments = operator_inputs(device, False, requires_grad=False)[name]
+    arguments = operator_inputs(device, "reference", requires_grad=False)[name]
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = operator(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments))
     for fake, real in zip(fakes, operator(*arguments), strict=True):
@@ -817,7 +826,7 @@ def test_vmap_refuses_what_it_cannot_fold(device):
         walked.sum().backward()
     with pytest.raises(NotImplementedError, match="several fields in one call"):
         torch.func.vmap(lambda c: ff.integrate([field, field], x_0, c, num_steps=2))(cond.expand(2, 4, 6))
-    arguments = list(operator_inputs(device, False, requires_grad=False)["matching_loss-drawn"])
+    arguments = list(operator_inputs(device, "reference", requires_grad=False)["matching_loss-drawn"])
     with pytest.raises(NotImplementedError, match="seed or ids; use backend='reference'"):
         torch.func.vmap(lambda s: torch.ops.fastflow.matching_loss(*arguments[:5], s, *arguments[6:]))(torch.arange(3))
 
@@ -861,11 +870,15 @@ def test_default_precision_follows_torch_s_settings():
 
 @pytest.mark.skipif(HAS_GPU, reason="looks at the interpreter")
 def test_auto_on_the_cpu_never_interprets_kernels(monkeypatch):
-    """`auto` takes the reference on CPU tensors even where TRITON_INTERPRET is set: interpreting is for tests."""
+    """`auto` takes native code or the reference on CPU tensors even where TRITON_INTERPRET is set: interpreting is for
+    tests."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    runners, kernels = [], operators._kernels
+    monkeypatch.setattr(operators, "_kernels", lambda runner: runners.append(runner) or kernels(runner))
     field = random_field(FLOQ, torch.device("cpu"))
     x_0, cond = torch.randn(8, 1), torch.randn(8, 5)
     with torch.no_grad():
         auto = ff.integrate(field, x_0, cond, num_steps=3)
         reference = ff.integrate(field, x_0, cond, num_steps=3, backend="reference")
-    assert torch.equal(auto, reference)
+    assert runners == ([] if cpu.unsupported(torch.float32) else ["native"])
+    assert_close_rms("walk", auto, reference, 1e-5)
