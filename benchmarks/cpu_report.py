@@ -116,10 +116,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         # PyTorch and torch.compile more than for JAX.
         lines += [f"Other programs took processors meanwhile, so these say nothing: {', '.join(disturbed)}.", ""]
     if any(measured["processors"] < (os.cpu_count() or 1) for measured in report["measurements"].values()):
-        lines += [
-            "Where threads are fewer than cores, all ran on so many processors (affinity), XLA's threads too.",
-            "",
-        ]
+        lines += ["With fewer threads than cores, all ran on so many processors (affinity), XLA's threads too.", ""]
     lines += ["| measurement | threads | medians |", "|---|---|---|"]
     for name, measured in report["measurements"].items():
         timed = [entrant for entrant in measured["entrants"] if "median_us" in entrant]

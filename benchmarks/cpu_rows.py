@@ -126,10 +126,10 @@ MEASUREMENTS: dict[str, Measurement] = {
         Measurement(
             "loss-2x2048", CASES["loss-2x2048"], _ways(*_BOTH, *_ENSEMBLE, "jax/scan/fp32", *_COMPILE), seconds=15.0
         ),
-        _update("update-cube-double-depth2", 150.0),
-        _update("update-cube-double-depth4", 210.0),
         _update("update-demo", 180.0, "fastflow/fp32", "eager/fp32", *_JAX, *_COMPILE, threads=1),
         Measurement("update-td2", Td2Case(), _ways(*_BOTH, *_JAX, *_COMPILE), prepare_seconds=90.0),
+        _update("update-cube-double-depth2", 150.0),
+        _update("update-cube-double-depth4", 210.0),
     )
 }
 

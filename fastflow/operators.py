@@ -285,9 +285,7 @@ def inside_transform() -> bool:
 
 
 class _Nesting:
-    """How an operator's arguments, some of which are lists of tensors, lie side by side in one tuple; what to call."""
-
-    call: Callable[..., Sequence[Tensor]]
+    """How an operator's arguments, some of which are lists of tensors, lie side by side in one tuple."""
 
     def __init__(self, arguments: Sequence[Any]) -> None:
         self.lengths = [
@@ -336,12 +334,25 @@ class Operator:
         op.register_autograd(backward, setup_context=setup_context)
         if vmap is not None:
             op.register_vmap(functools.partial(vmap, self.op))
-        call = self
+        call, body = self, self.body
 
-        class Function(torch.autograd.Function):
+        class Eager(torch.autograd.Function):
+            # With a setup_context of its own torch would look at forward's signature at every call.
+            @staticmethod
+            def forward(ctx: Any, nesting: _Nesting, *flat: Any) -> tuple[Tensor, ...]:
+                ctx.nesting, inputs = nesting, nesting.nested(flat)
+                outputs = tuple(body(*inputs))
+                setup_context(ctx, inputs, outputs)
+                return outputs
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return (None, *ctx.nesting.flat(backward(ctx, *grads)))
+
+        class Transformed(torch.autograd.Function):
             @staticmethod
             def forward(nesting: _Nesting, *flat: Any) -> tuple[Tensor, ...]:
-                return tuple(nesting.call(*nesting.nested(flat)))
+                return tuple(call.op(*nesting.nested(flat)))
 
             @staticmethod
             def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -358,7 +369,7 @@ class Operator:
                 outputs, dims = vmap(call, info, nesting.nested(in_dims[1:]), *nesting.nested(flat))
                 return tuple(outputs), tuple(dims)
 
-        self.function = Function
+        self.eager, self.transformed = Eager, Transformed
 
     def __call__(self, *arguments: Any) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
@@ -366,14 +377,12 @@ class Operator:
         nesting = _Nesting(arguments)
         flat = nesting.flat(arguments)
         if inside_transform():
-            nesting.call = self.op
-        elif not _plain(flat):
+            return self.transformed.apply(nesting, *flat)
+        if not _plain(flat):
             return self.op(*arguments)
-        elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
-            nesting.call = self.body
-        else:
-            return self.body(*arguments)
-        return self.function.apply(nesting, *flat)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+            return self.eager.apply(nesting, *flat)
+        return self.body(*arguments)
 
 
 def _plain(flat: Iterable[Any]) -> bool:

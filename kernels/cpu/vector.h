@@ -37,10 +37,26 @@ typedef float VecAny __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAny*>(p); }
 INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAny*>(p) = x; }
 INLINE Vec all(float x) { return Vec{} + x; }
-INLINE Vec pick(Int where, Vec a, Vec b) { return reinterpret_cast<Vec>((where & reinterpret_cast<Int>(a)) | (~where & reinterpret_cast<Int>(b))); }
-// A NaN in `a` stays.
-INLINE Vec smaller(Vec a, Vec b) { return pick(a > b, b, a); }
-INLINE Vec larger(Vec a, Vec b) { return pick(a < b, b, a); }
+INLINE Vec pick(Int where, Vec a, Vec b) { return where ? a : b; }
+// A NaN in `a` stays: the processor's minimum returns its second operand then.
+INLINE Vec smaller(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_min_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_min_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a)));
+#else
+  return pick(a > b, b, a);
+#endif
+}
+INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_max_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_max_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a)));
+#else
+  return pick(a < b, b, a);
+#endif
+}
 INLINE Vec magnitude(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<Int>(x) & 0x7fffffff); }
 INLINE Vec with_sign(Vec x, Vec sign) { return reinterpret_cast<Vec>(reinterpret_cast<Int>(x) | (reinterpret_cast<Int>(sign) & int32_t(0x80000000))); }
 
@@ -61,34 +77,39 @@ INLINE float total(Vec x) {
 #endif
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2.
+// x = n ln 2 + r with |r| <= ln 2 / 2, for x that e^x does not overflow or vanish at.
 struct Reduced {
-  Vec r;
-  Int n;
+  Vec r, n;
 };
 INLINE Reduced reduce(Vec x) {
+  x = larger(smaller(x, all(88.0f)), all(-87.0f));
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   Vec n = x * 1.44269504088896341f + magic - magic;
-  Vec r = x - n * 0.693145751953125f - n * 1.42860682030941723e-6f;
-  return {r, __builtin_convertvector(n, Int)};
+  return {x - n * 0.693145751953125f - n * 1.42860682030941723e-6f, n};
 }
 // (e^r - 1 - r) / r^2 (Cephes).
 INLINE Vec exp_tail(Vec r) {
   return ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
 }
-INLINE Vec power_of_two(Int n) { return reinterpret_cast<Vec>((n + 127) << 23); }
+// x 2^n.
+INLINE Vec scale(Vec x, Vec n) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_scalef_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(n)));
+#else
+  return x * reinterpret_cast<Vec>((__builtin_convertvector(n, Int) + 127) << 23);
+#endif
+}
 
 // e^x to about one unit in the last place, between e^-87 and e^88.
 INLINE Vec exp_of(Vec x) {
-  Reduced at = reduce(larger(smaller(x, all(88.0f)), all(-87.0f)));
-  return (exp_tail(at.r) * at.r * at.r + at.r + 1.0f) * power_of_two(at.n);
+  Reduced at = reduce(x);
+  return scale(exp_tail(at.r) * (at.r * at.r) + (at.r + 1.0f), at.n);
 }
 // e^x - 1, exact near 0 where the difference would cancel.
 INLINE Vec exp_minus_one(Vec x) {
-  Reduced at = reduce(larger(smaller(x, all(88.0f)), all(-87.0f)));
-  Vec small = exp_tail(at.r) * at.r * at.r + at.r;
-  Vec scale = power_of_two(at.n);
-  return small * scale + (scale - 1.0f);
+  Reduced at = reduce(x);
+  Vec whole = scale(all(1.0f), at.n);
+  return (exp_tail(at.r) * (at.r * at.r) + at.r) * whole + (whole - 1.0f);
 }
 INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp_of(-x)); }
 // tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|).
