@@ -55,7 +55,7 @@ setup(
         *("fastflow.kernels." + name for name in find_packages("kernels")),
     ],
     package_dir={"fastflow": "fastflow", "fastflow.kernels": "kernels"},
-    package_data={"fastflow": ["py.typed"]},
+    package_data={"fastflow": ["py.typed"], "fastflow.kernels.cpu": ["*.cpp", "*.h"]},
     install_requires=["numpy>=1.26", "torch>=2.11"],
     extras_require={
         "rl": rl,

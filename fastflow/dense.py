@@ -40,7 +40,7 @@ def kept_floats(hidden: Sequence[int], rows: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _description(kind: Kind) -> tuple[bytes, bytes]:
+def _description(kind: Kind) -> cpu.Description:
     hidden = kind.widths[1:-1] if kind.head else kind.widths[1:]
     outputs = kind.widths[-1] if kind.head else 0
     return cpu.describe_stack(kind.widths[0], hidden, outputs, kind.activation, kind.norm, kind.eps, kind.precision)
@@ -185,7 +185,8 @@ def _gradient(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Any
         # Somebody differentiates this gradient: plain PyTorch can be.
         activation, norm, eps, precision = ctx.options
         leaves = [x, *parameters]
-        y = reference.dense_stack(x, parameters, activation, "layer" if norm else None, eps, precision)
+        rows = x.expand(_members(parameters), -1, -1) if parameters[0].dim() == 3 else x
+        y = reference.dense_stack(rows, parameters, activation, "layer" if norm else None, eps, precision)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
         grads = [next(found) if leaf.requires_grad else None for leaf in leaves]

@@ -68,8 +68,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def describe() -> str:
-    """A page of text: versions, machine, GPUs with their shared memory, and the plan of kernels for each."""
+    """A page of text: versions, machine, native code, GPUs, and the plan of kernels for each."""
     import torch
+
+    from fastflow.kernels import cpu as native
 
     found = versions()
     lines = [
@@ -78,6 +80,7 @@ def describe() -> str:
         f"{'python':<12} {platform.python_version()} ({sys.executable})",
         f"{'system':<12} {platform.platform()}",
         f"{'cpu':<12} {_cpu_name()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads",
+        f"{'native code':<12} {native.describe()}",
         f"{'backend':<12} FASTFLOW_BACKEND={os.environ.get('FASTFLOW_BACKEND', '(not set: auto)')}",
     ]
     if not torch.cuda.is_available():

@@ -26,7 +26,14 @@ def test_versions_of_what_is_installed():
 
 def test_describe_names_what_a_bug_report_needs():
     text = describe()
-    for wanted in (fastflow.__version__, torch.__version__.split("+")[0], platform.python_version(), "threads", "gpu"):
+    for wanted in (
+        fastflow.__version__,
+        torch.__version__.split("+")[0],
+        platform.python_version(),
+        "threads",
+        "native code",
+        "gpu",
+    ):
         assert wanted in text, wanted
     if torch.cuda.is_available():
         for wanted in (torch.cuda.get_device_name(), "shared memory", "driver", "compute capability"):

@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ NORMS = ("none", "after", "before", "film")
 EMBEDDINGS = ("identity", "scaled", "hl_gauss")
 PREDICTIONS = ("velocity", "endpoint", "noise")
 LANES, COLS = 16, 32  # of AVX-512; every narrower machine pads to fewer columns
+
+
+class Description(NamedTuple):
+    """A network as the native code reads it, and which of the two libraries runs it."""
+
+    bf16: bool
+    ints: bytes
+    reals: bytes
 
 
 class Unavailable(RuntimeError):
@@ -71,7 +80,7 @@ def find_compiler() -> list[str]:
 def _flags() -> list[str]:
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     # No -ffast-math: sums keep their order. GCC takes intrinsics' deliberately undefined values for mistakes.
-    return ["-O3", native, "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-w"]
+    return ["-O2", native, "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-w"]
 
 
 @functools.cache
@@ -94,8 +103,8 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def build() -> Path:
-    """The compiled library, from the cache or compiled now (some ten seconds).
+def build(bf16: bool = False) -> Path:
+    """The compiled library for float32 or bfloat16 operands, from the cache or compiled now (some four seconds).
 
     Raises:
         Unavailable: no compiler, it failed, or the cache cannot be written.
@@ -107,7 +116,7 @@ def build() -> Path:
     for part in parts:
         digest.update(part.read_bytes())
     digest.update("\n".join([*compiler, _run([*compiler, "--version"]), *_flags(), processor()]).encode())
-    library = cache_directory() / f"cpu-{digest.hexdigest()[:24]}.so"
+    library = cache_directory() / f"cpu-{'bf16' if bf16 else 'fp32'}-{digest.hexdigest()[:24]}.so"
     if library.exists():
         return library
     try:
@@ -117,7 +126,7 @@ def build() -> Path:
     except OSError as error:
         raise Unavailable(f"the cache {library.parent} cannot be written: {error}") from error
     try:
-        command = [*compiler, *_flags(), str(here / "operators.cpp"), "-o", name]
+        command = [*compiler, *_flags(), f"-DPAIRS={str(bf16).lower()}", str(here / "operators.cpp"), "-o", name]
         try:
             _run([*command, "-fopenmp"])
         except Unavailable:
@@ -129,24 +138,24 @@ def build() -> Path:
 
 
 _lock = threading.Lock()
-_state: list[ctypes.CDLL | str] = []  # the library, or why there is none
+_state: dict[bool, ctypes.CDLL | str] = {}  # the libraries of float32 and bfloat16 operands, or why there is none
 
 
-def _loaded() -> ctypes.CDLL | str:
+def _loaded(bf16: bool = False) -> ctypes.CDLL | str:
     """Asked for once per process: nothing is tried again."""
-    if _state:
-        return _state[0]
+    if bf16 in _state:
+        return _state[bf16]
     with _lock:
-        if not _state:
+        if bf16 not in _state:
             try:
-                library = ctypes.CDLL(str(build()))
+                library = ctypes.CDLL(str(build(bf16)))
                 for name in ("walk", "walk_bwd", "loss", "loss_bwd", "stack", "stack_bwd"):
                     function = getattr(library, f"fastflow_{name}")
                     function.argtypes = (ctypes.c_char_p,) * 3  # bytes are passed as they are
-                _state.append(library)
+                _state[bf16] = library
             except (Unavailable, OSError, AttributeError) as error:
-                _state.append(str(error))
-        return _state[0]
+                _state[bf16] = str(error)
+        return _state[bf16]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
@@ -162,17 +171,14 @@ def has_bf16() -> bool:
     return not isinstance(found, str) and bool(found.fastflow_bf16())
 
 
-def describe() -> dict[str, str]:
+def describe() -> str:
     """What is active, for people."""
     found = _loaded()
     if isinstance(found, str):
-        return {"native": f"none: {found}"}
-    return {
-        "native": str(build()),
-        "vectors": f"{32 * found.fastflow_lanes()} bits",
-        "bf16 products": "yes" if found.fastflow_bf16() else "no, in float32",
-        "threads": "OpenMP" if found.fastflow_threads() else "one",
-    }
+        return f"none, the PyTorch reference runs: {found}"
+    products = "bfloat16 products" if found.fastflow_bf16() else "products of bfloat16 operands in float32"
+    threads = "threads by OpenMP" if found.fastflow_threads() else "one thread"
+    return f"vectors of {32 * found.fastflow_lanes()} bits, {products}, {threads}, in {cache_directory()}"
 
 
 # Calling ------------------------------------------------------------------------------------------------------------
@@ -185,11 +191,10 @@ def padded(width: int) -> int:
     return -(-width // columns) * columns
 
 
-def describe_network(net: Network, film_inputs: int) -> tuple[bytes, bytes]:
-    """The integers and reals of a network, as `Net` in network.h reads them. `film_inputs`: rows of FiLM's weights."""
+def describe_network(net: Network, film_inputs: int) -> Description:
+    """A network as `Net` in network.h reads it. `film_inputs`: rows of FiLM's weights."""
     bf16 = net.precision == "bf16" and has_bf16()
     ints = [
-        int(bf16),
         net.state_dim,
         net.cond_dim,
         net.state_features,
@@ -204,41 +209,40 @@ def describe_network(net: Network, film_inputs: int) -> tuple[bytes, bytes]:
     for width, inputs, add in zip(net.hidden, net.inputs, net.add, strict=True):
         ints += [width, add, len(inputs), *(*inputs, 0, 0)[:2]]
     reals = (net.low, net.high, net.sigma, net.eps, net.output_scale)
-    return struct.pack(f"{len(ints)}q", *ints), struct.pack(f"{len(reals)}d", *reals)
+    return Description(bf16, struct.pack(f"{len(ints)}q", *ints), struct.pack(f"{len(reals)}d", *reals))
 
 
 def describe_stack(
     inputs: int, hidden: Sequence[int], outputs: int, activation: str, norm: bool, eps: float, precision: str
-) -> tuple[bytes, bytes]:
+) -> Description:
     """The same of a plain network; `outputs` = 0 for one that ends with its last hidden layer."""
     bf16 = precision == "bf16" and has_bf16()
     kind = [ACTIVATIONS.index(activation), NORMS.index("after" if norm else "none"), 0, 0, 0]
-    ints = [int(bf16), outputs, inputs, 0, 0, len(hidden), *kind]
+    ints = [outputs, inputs, 0, 0, len(hidden), *kind]
     for i, width in enumerate(hidden):
         ints += [width, -1, int(i > 0), max(i - 1, 0), 0]
-    return struct.pack(f"{len(ints)}q", *ints), struct.pack("5d", 0.0, 1.0, 1.0, eps, 1.0)
+    return Description(bf16, struct.pack(f"{len(ints)}q", *ints), struct.pack("5d", 0.0, 1.0, 1.0, eps, 1.0))
 
 
 def call(
     name: str,
-    network: tuple[bytes, bytes],
+    network: Description,
     ints: Sequence[int],
     reals: Sequence[float],
     tensors: Sequence[Tensor | None],
 ) -> None:
-    """Run an operator on a network that `describe_network` described: `tensors` are contiguous float32 on the CPU, in
-    the order the source reads them.
+    """Run an operator on a described network; `tensors` are contiguous float32 on the CPU, as the source reads them.
 
     Raises:
         MemoryError: no room for its buffers.
     """
-    library = _loaded()
+    library = _loaded(network.bf16)
     if isinstance(library, str):
         raise Unavailable(library)
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     status = getattr(library, f"fastflow_{name}")(
-        network[0] + struct.pack(f"{len(ints)}q", *ints),
-        network[1] + struct.pack(f"{len(reals)}d", *reals),
+        network.ints + struct.pack(f"{len(ints)}q", *ints),
+        network.reals + struct.pack(f"{len(reals)}d", *reals),
         struct.pack(f"{len(pointers)}Q", *pointers),
     )
     if status == 1:

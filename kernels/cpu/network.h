@@ -153,8 +153,12 @@ struct Packed {
     for (long n = 0; n < evaluations; n++, table += ld, features += step) {
       if (bias) memcpy(table, bias, size_t(width) * 4);
       else memset(table, 0, size_t(width) * 4);
-      for (long k = 0; k < T; k++)
-        for (long j = 0; j < width; j++) table[j] += features[k] * w[k * ldw + j];
+      for (long k = 0; k < T; k++) {
+        const float *row = w + k * ldw, f = features[k];
+        long j = 0;
+        for (; j + LANES <= width; j += LANES) store(table + j, load(table + j) + f * load(row + j));
+        for (; j < width; j++) table[j] += f * row[j];
+      }
     }
   }
 

@@ -218,6 +218,13 @@ void walk(Arguments& g) {
   packed_weights.trim(KEEP);
 }
 
+// to += factor * from.
+void add_scaled(float* to, float factor, const float* from, long n) {
+  long k = 0;
+  for (; k + LANES <= n; k += LANES) store(to + k, load(to + k) + factor * load(from + k));
+  for (; k < n; k++) to[k] += factor * from[k];
+}
+
 // Sums over rows ------------------------------------------------------------------------------------------------------
 
 // The weight gradients of all members, made chunk by chunk.
@@ -283,7 +290,7 @@ struct Chunks {
     const Sums& s = sums[size_t(i)];
     const long T = net.T, e = i % c.E;
     auto feature = [&](long n) { return c.features + e * c.features_e + n * c.features_n; };
-    auto add = [](float* to, const float* from, long n) { for (long k = 0; k < n; k++) to[k] += from[k]; };
+    auto add = [](float* to, const float* from, long n) { add_scaled(to, 1.0f, from, n); };
     float* d_f = with_features ? features[size_t(i)] : nullptr;
     if (d_f) memset(d_f, 0, size_t(c.N * T) * 4);
     // The rows of time: d_w [T, columns] += features^T d_table, d_features += d_table w^T.
@@ -292,7 +299,7 @@ struct Chunks {
         for (long k = 0; k < T; k++) {
           const float f = feature(n)[k];
           float dot = 0.0f;
-          for (long j = 0; j < columns; j++) d_w[k * ldw + j] += f * table[j];
+          add_scaled(d_w + k * ldw, f, table, columns);
           for (long j = 0; d_f && j < columns; j++) dot += table[j] * w[k * ldw + j];
           if (d_f) d_f[n * T + k] += dot;
         }
@@ -329,7 +336,7 @@ struct Chunks {
           each(grads[size_t(i)], [&](float* p, long n) { from.push_back({p, n}); });
           if (with_features) to.push_back({features[size_t(e)], c.N * c.net.T}), from.push_back({features[size_t(i)], c.N * c.net.T});
           for (size_t t = 0; t < to.size(); t++)
-            for (long k = 0; k < to[t].second; k++) to[t].first[k] += from[t].first[k];
+            add_scaled(to[t].first, 1.0f, from[t].first, to[t].second);
         }
       });
     }
@@ -643,14 +650,14 @@ int run(Operator what, const int64_t* ints, const double* reals, void* const* po
 
 }  // namespace
 
-// The first integer says whether products take bfloat16.
+// Built once per kind of operand, PAIRS for those of bfloat16: half of it is all that most processes use.
 extern "C" {
-int fastflow_walk(const int64_t* i, const double* r, void* const* p) { return run(*i ? walk<true> : walk<false>, i + 1, r, p); }
-int fastflow_walk_bwd(const int64_t* i, const double* r, void* const* p) { return run(*i ? walk_bwd<true> : walk_bwd<false>, i + 1, r, p); }
-int fastflow_loss(const int64_t* i, const double* r, void* const* p) { return run(*i ? loss<true> : loss<false>, i + 1, r, p); }
-int fastflow_loss_bwd(const int64_t* i, const double* r, void* const* p) { return run(*i ? loss_bwd<true> : loss_bwd<false>, i + 1, r, p); }
-int fastflow_stack(const int64_t* i, const double* r, void* const* p) { return run(*i ? stack<true> : stack<false>, i + 1, r, p); }
-int fastflow_stack_bwd(const int64_t* i, const double* r, void* const* p) { return run(*i ? stack_bwd<true> : stack_bwd<false>, i + 1, r, p); }
+int fastflow_walk(const int64_t* i, const double* r, void* const* p) { return run(walk<PAIRS>, i, r, p); }
+int fastflow_walk_bwd(const int64_t* i, const double* r, void* const* p) { return run(walk_bwd<PAIRS>, i, r, p); }
+int fastflow_loss(const int64_t* i, const double* r, void* const* p) { return run(loss<PAIRS>, i, r, p); }
+int fastflow_loss_bwd(const int64_t* i, const double* r, void* const* p) { return run(loss_bwd<PAIRS>, i, r, p); }
+int fastflow_stack(const int64_t* i, const double* r, void* const* p) { return run(stack<PAIRS>, i, r, p); }
+int fastflow_stack_bwd(const int64_t* i, const double* r, void* const* p) { return run(stack_bwd<PAIRS>, i, r, p); }
 // Width of vectors in floats, whether bfloat16 products are there, whether threads are.
 int fastflow_lanes() { return LANES; }
 int fastflow_bf16() {

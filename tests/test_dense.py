@@ -1,0 +1,171 @@
+"""Plain networks as one operator: native code against the reference, and what modules make of it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_as_accurate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastflow as ff
+from fastflow import dense, reference
+from fastflow.fields import DenseStack
+from fastflow.kernels import cpu
+
+needs_native = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"no native code: {cpu.why_unavailable()}")
+
+
+def network(sizes, ensemble, norm):
+    stack = DenseStack(tuple(zip(sizes[:-1], sizes[1:], strict=True)), ensemble, norm)
+    with torch.no_grad():
+        for p in stack.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return stack
+
+
+def outcome(call, stack, x):
+    """The result, and the gradients of an uneven sum of it."""
+    x = x.clone().requires_grad_()
+    y = call(x, stack.parameter_list())
+    weights = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).to(y).view_as(y)
+    leaves = {"x": x, **dict(stack.named_parameters())}
+    grads = torch.autograd.grad((y * weights).sum(), list(leaves.values()))
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+@needs_native
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    hidden=st.lists(st.integers(2, 70), min_size=1, max_size=4),
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 40),
+    lead=st.lists(st.integers(1, 13), min_size=0, max_size=3),
+    ensemble=st.sampled_from([None, 1, 3]),
+    norm=st.sampled_from([None, "layer"]),
+    activation=st.sampled_from(["gelu_tanh", "gelu", "silu", "elu", "mish", "tanh"]),
+)
+def test_value_and_gradients_match_the_reference(hidden, inputs, outputs, lead, ensemble, norm, activation):
+    torch.manual_seed(0)
+    stack = network((inputs, *hidden, outputs), ensemble, norm)
+    members = () if ensemble is None else (ensemble,)
+    x = torch.randn(*members, *lead, inputs)
+    found = outcome(lambda x, p: dense.dense_stack(x, p, activation, norm), stack, x)
+    eager = outcome(lambda x, p: reference.dense_stack(x, p, activation, norm), stack, x)
+    double = copy.deepcopy(stack).double()
+    exact = outcome(lambda x, p: reference.dense_stack(x, p, activation, norm), double, x.double())
+    for name, value in exact.items():
+        assert_as_accurate(name, found[name], eager[name], value, ratio_floor=4e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 97, 1100])
+def test_wide_layers_keep_their_products(rows):
+    stack = network((10, 128, 160, 3), 2, "layer")
+    x = torch.randn(2, rows, 10)
+    assert dense.kept_floats((128, 160), 2 * rows) == 2 * rows * 288
+    found = outcome(lambda x, p: dense.dense_stack(x, p, "gelu_tanh", "layer"), stack, x)
+    eager = outcome(lambda x, p: reference.dense_stack(x, p, "gelu_tanh", "layer"), stack, x)
+    double = copy.deepcopy(stack).double()
+    exact = outcome(lambda x, p: reference.dense_stack(x, p, "gelu_tanh", "layer"), double, x.double())
+    for name, value in exact.items():
+        assert_as_accurate(name, found[name], eager[name], value, ratio_floor=4e-6)
+
+
+@needs_native
+def test_modules_run_in_native_code_and_by_the_reference(monkeypatch):
+    calls = []
+    forward = dense.forward
+    monkeypatch.setattr(dense, "forward", lambda *a: calls.append(1) or forward(*a))
+    obs, action, noise = torch.randn(5, 3, 7), torch.randn(5, 3, 2), torch.randn(5, 3, 2)
+    for make, inputs in (
+        (lambda **o: ff.ValueNetwork(7, 2, hidden=(16, 16), **o), (obs, action)),
+        (lambda **o: ff.OneStepPolicy(7, 2, hidden=(16, 16), **o), (obs, noise)),
+    ):
+        native, plain = make(), make(backend="reference")
+        plain.load_state_dict(native.state_dict())
+        calls.clear()
+        found = native(*inputs)
+        assert len(calls) == 1
+        expected = plain(*inputs)
+        assert len(calls) == 1
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        # Plain PyTorch under transforms, and where there is no kernel for the dtype.
+        torch.func.vmap(native)(*inputs)
+        native.double()(*(x.double() for x in inputs))
+        assert len(calls) == 1
+
+
+@needs_native
+def test_frozen_values_reach_actions_and_no_parameter():
+    critic = ff.ValueNetwork(4, 2, hidden=(16, 16))
+    obs, action = torch.randn(6, 4), torch.randn(6, 2, requires_grad=True)
+    critic(obs, action, frozen=True).sum().backward()
+    assert action.grad.abs().sum() > 0
+    assert all(p.grad is None for p in critic.parameters())
+
+
+@needs_native
+def test_gradients_can_be_differentiated():
+    """A gradient penalty on a critic."""
+    torch.manual_seed(0)
+    native = ff.ValueNetwork(4, 2, hidden=(16, 16))
+    plain = ff.ValueNetwork(4, 2, hidden=(16, 16), backend="reference")
+    plain.load_state_dict(native.state_dict())
+    obs, action = torch.randn(6, 4), torch.randn(6, 2, requires_grad=True)
+
+    def penalty(critic):
+        (slope,) = torch.autograd.grad(critic(obs, action).sum(), action, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), list(critic.parameters()), allow_unused=True)
+
+    for found, expected in zip(penalty(native), penalty(plain), strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+def test_compiles_whole_for_any_batch():
+    critic = ff.ValueNetwork(4, 2, hidden=(16, 16))
+    compiled = torch.compile(critic, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (3, 8, 20):
+        obs, action = torch.randn(batch, 4), torch.randn(batch, 2, requires_grad=True)
+        found, expected = compiled(obs, action), critic(obs, action)
+        assert torch.equal(found, expected)
+        grads = [torch.autograd.grad(y.sum(), action)[0] for y in (found, expected)]
+        assert torch.equal(*grads)
+    torch.compiler.reset()
+
+
+@needs_native
+@pytest.mark.parametrize("ensemble", [None, 2])
+def test_opcheck(ensemble):
+    stack = network((5, 8, 8, 3), ensemble, "layer")
+    x = torch.randn(ensemble or 1, 4, 5, requires_grad=True)
+    parameters = [p.detach().clone().requires_grad_() for p in stack.parameter_list()]
+    torch.library.opcheck(torch.ops.fastflow.dense_stack, (x, parameters, "gelu_tanh", True, 1e-6, "fp32", True))
+
+
+@needs_native
+def test_autocast_multiplies_in_bfloat16():
+    critic = ff.ValueNetwork(40, 8, hidden=(64, 64))
+    obs, action = torch.randn(32, 40), torch.randn(32, 8)
+    with torch.no_grad():
+        whole = critic(obs, action)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = critic(obs, action)
+    error = (rounded - whole).square().mean().sqrt() / whole.square().mean().sqrt()
+    assert error < 0.03
+    assert (error > 1e-4) == cpu.has_bf16()
+
+
+@needs_native
+def test_no_rows():
+    critic = ff.ValueNetwork(4, 2, hidden=(16, 16))
+    value = critic(torch.zeros(0, 4), torch.zeros(0, 2))
+    assert value.shape == (2, 0, 1)
+    value.sum().backward()
+    assert all(not p.grad.any() for p in critic.parameters())
