@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Sinusoidal,
         VelocityField,
     )
+    from fastflow.frozen import FrozenFlowCritic, FrozenFlowPolicy, FrozenWalk
     from fastflow.modules import FlowCritic, FlowPolicy, OneStepPolicy, ValueNetwork
     from fastflow.ops import flow_matching_loss, integrate, velocity_matching_loss
     from fastflow.philox import PhiloxNoise
@@ -36,6 +37,9 @@ __all__ = [
     "FieldSpec",
     "FlowCritic",
     "FlowPolicy",
+    "FrozenFlowCritic",
+    "FrozenFlowPolicy",
+    "FrozenWalk",
     "HLGauss",
     "Identity",
     "OneStepPolicy",
@@ -69,6 +73,7 @@ _MODULES = {
         "Sinusoidal",
         "VelocityField",
     ],
+    "frozen": ["FrozenFlowCritic", "FrozenFlowPolicy", "FrozenWalk"],
     "modules": ["FlowCritic", "FlowPolicy", "OneStepPolicy", "ValueNetwork"],
     "ops": ["flow_matching_loss", "integrate", "velocity_matching_loss"],
     "philox": ["PhiloxNoise"],

@@ -37,9 +37,10 @@ def unsupported(dtype: torch.dtype) -> str | None:
 @functools.lru_cache(maxsize=64)
 def _shared_features(embedding: TimeEmbedding, num_steps: int, method: str, start: float, end: float) -> Tensor:
     """Time features [N, T] of every evaluation of a walk between two numbers. They depend on no weight."""
-    part = _parts_of_walk(num_steps, method)
-    # Rounded once: sinusoids of a thousand times t show every bit.
-    return embedding.features(((1 - part) * start + part * end).float()).contiguous()
+    with torch.inference_mode(False):  # the tensor is kept for every caller
+        part = _parts_of_walk(num_steps, method)
+        # Rounded once: sinusoids of a thousand times t show every bit.
+        return embedding.features(((1 - part) * start + part * end).float()).contiguous()
 
 
 def _parts_of_walk(num_steps: int, method: str) -> Tensor:
@@ -54,8 +55,7 @@ def _walk_features(
 ) -> tuple[Tensor, bool]:
     """(time features [N, T], or [E, N, M, T] of rows with times of their own; whether all rows share them)."""
     if t_0 is None or t_1 is None:
-        with torch.inference_mode(False):  # the cached tensor is for every caller
-            return _shared_features(spec.time_embedding, num_steps, method, start, end), True
+        return _shared_features(spec.time_embedding, num_steps, method, start, end), True
     part = _parts_of_walk(num_steps, method).float().view(-1, 1)
     times = (1 - part) * t_0.flatten(1).unsqueeze(1) + part * t_1.flatten(1).unsqueeze(1)
     return spec.time_embedding.features(times), False
@@ -198,8 +198,10 @@ class _Call:
         tensors: Sequence[Tensor | None],
     ) -> None:
         """Run an operator with what all of them begin with."""
-        common = (self.cond, self.features, self.film, *self.layout.ordered(self.parameters))
-        cpu.call(name, self.layout.network, (*self.ints(evaluations), *ints), reals, (*common, *tensors))
+        cpu.call(name, self.layout.network, (*self.ints(evaluations), *ints), reals, (*self.common(), *tensors))
+
+    def common(self) -> tuple[Tensor | None, ...]:
+        return (self.cond, self.features, self.film, *self.layout.ordered(self.parameters))
 
 
 class _Gradients:
@@ -325,13 +327,34 @@ def walk(
 ) -> tuple[Tensor, ...]:
     """(x_K, path, stages, and three empty tensors): the native way back computes activations again."""
     features, shared = _walk_features(spec, t_0, t_1, num_steps, method, start, end)
-    call = _Call(spec, cond, parameters, precision, features, shared, (*x_0.shape,))  # type: ignore[arg-type]
+    call = _Call(spec, cond, parameters, precision, features, shared, (*x_0.shape,))
     x_1, path, stages, *unused = walk_fakes(x_0, spec, num_steps, method, precision, keep, store)
     v, scheme = _scheme(method)
     given = _contiguous(t_0, t_1, x_0, step_noise)
     kept = (path if keep else None, stages if stages.numel() else None)
     call.run("walk", num_steps * v, (num_steps, v), (*scheme, start, end), (*given, x_1, *kept))
     return (x_1, path, stages, *unused)
+
+
+def freeze(
+    spec: FieldSpec,
+    parameters: Sequence[Tensor],
+    precision: str,
+    num_steps: int,
+    method: str,
+    start: float,
+    end: float,
+) -> cpu.PackedWalk:
+    """A walk between two numbers with the weights packed once; of fields without FiLM, whose cond has layers of its
+    own."""
+    features, _ = _walk_features(spec, None, None, num_steps, method, float(start), float(end))
+    members = (spec.ensemble or 1) * (len(parameters) // spec.num_parameters)
+    cond = parameters[0].new_empty(1, 1, spec.cond_dim)
+    call = _Call(spec, cond, [p.detach() for p in parameters], precision, features, True, (members, 1, 1, 1))
+    v, scheme = _scheme(method)
+    tensors = (*call.common(), None, None, None, None)
+    reals = (*scheme, float(start), float(end))
+    return cpu.PackedWalk(call.layout.network, (*call.ints(num_steps * v), num_steps, v), reals, tensors)
 
 
 def walk_fakes(
@@ -364,7 +387,7 @@ def walk_bwd(
     needs_x, needs_cond, needs_weights, needs_noise = needs
     path, stages = saved[:2]
     features, shared = _walk_features(spec, t_0, t_1, num_steps, method, start, end)
-    call = _Call(spec, cond, parameters, precision, features, shared, (*path.shape[1:],))  # type: ignore[arg-type]
+    call = _Call(spec, cond, parameters, precision, features, shared, (*path.shape[1:],))
     v, scheme = _scheme(method)
     gradients = _Gradients(call, num_steps * v, needs_cond, needs_weights)
     d_x = path.new_empty(path.shape[1:] if needs_x else (0,))
@@ -403,7 +426,7 @@ def _loss_call(
     spec: FieldSpec, cond: Tensor, parameters: Sequence[Tensor], precision: str, t: Tensor, rows: torch.Size
 ) -> _Call:
     features = spec.time_embedding.features(t.flatten(1).unsqueeze(1))  # [E, 1, M, T]
-    return _Call(spec, cond, parameters, precision, features, False, (*rows,))  # type: ignore[arg-type]
+    return _Call(spec, cond, parameters, precision, features, False, (*rows,))
 
 
 def loss(

@@ -209,19 +209,25 @@ _backward = operators.Operator(_dense_stack_bwd, _save_nothing, _refuse)
 
 
 def dense_stack(
-    x: Tensor, parameters: Sequence[Tensor], activation: str, norm: str | None, eps: float = 1e-6, native: bool = True
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    activation: str,
+    norm: str | None,
+    eps: float = 1e-6,
+    precision: str | None = None,
+    native: bool = True,
 ) -> Tensor:
     """`reference.dense_stack`, on the CPU in native code where that covers the call and `native` allows it.
 
     Args:
         x: [..., in], or [E, ..., in] with ensemble parameters.
-        parameters, activation, norm, eps: as there. Under autocast native products take bfloat16.
+        parameters, activation, norm, eps, precision: as there. Under autocast native products take bfloat16.
 
     Returns:
         [..., out], or [E, ..., out].
     """
     if not (native and _covered(x, parameters)):
-        return reference.dense_stack(x, parameters, activation, norm, eps)
+        return reference.dense_stack(x, parameters, activation, norm, eps, precision)
     ensemble = parameters[0].dim() == 3
     rows = x if ensemble else x.unsqueeze(0)
     if ensemble and rows.stride(0) == 0:
@@ -229,7 +235,8 @@ def dense_stack(
     lead = rows.shape[1:-1]
     rows = rows.reshape(rows.shape[0], math.prod(lead), rows.shape[-1])
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
-    precision = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
+    if precision is None:
+        precision = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
     y, _ = _operator(rows, list(parameters), activation, norm is not None, eps, precision, keep)
     return y.reshape(y.shape[0], *lead, y.shape[-1]) if ensemble else y.reshape(*lead, y.shape[-1])
 

@@ -568,12 +568,16 @@ class DenseStack(nn.Module):
 
         Read anew at every call, so `functional_call`, `.data` edits and swapped parameters are seen.
         """
-        return list(self._ordered())
-
-    def _ordered(self) -> Iterator[Tensor]:
-        for module in self._modules_in_order():
-            yield module.weight
-            yield module.bias
+        if torch.compiler.is_compiling():
+            return [p for module in self._modules_in_order() for p in (module.weight, module.bias)]
+        # nn.Module's attribute look-up is slow, and every call asks. Parametrised weights are properties.
+        out: list[Tensor] = []
+        for modules in self._modules.values():
+            for module in cast("nn.ModuleList", modules)._modules.values():
+                for name in ("weight", "bias"):
+                    p = module._parameters.get(name)
+                    out.append(cast("Tensor", getattr(module, name) if p is None else p))
+        return out
 
     def _modules_in_order(self) -> Iterator[Dense | LayerNormAffine]:
         for modules in self.children():

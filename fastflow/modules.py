@@ -7,7 +7,7 @@ Each reads its parameters anew at every call, so `state_dict`, `deepcopy`, `.to`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from fastflow.fields import (
     TimeEmbedding,
     VelocityField,
 )
+
+if TYPE_CHECKING:
+    from fastflow.frozen import FrozenFlowCritic, FrozenFlowPolicy
 
 
 class FlowCritic(nn.Module):
@@ -137,19 +140,23 @@ class FlowCritic(nn.Module):
         Returns:
             [..., 1], or [E, ..., 1] with an ensemble: the mean over the S walks.
         """
-        cond, lead = _rows(self, obs, action)
-        u = self._draws(noise, lead, cond, generator)
+        cond, z_0, lead = critic_start(self, obs, action, noise, self.field.spec.ensemble, generator)
         z = ops.integrate(
             self.field,
-            self._starts(u),
+            z_0,
             cond,
             num_steps=num_steps or self.num_steps,
             method=self.method,
             backend=self.backend,
             precision=self.precision,
         )
-        q = z.mean(-2)
-        return q.reshape(*q.shape[:-2], *lead, 1)
+        return critic_end(z, lead)
+
+    def freeze(self, num_steps: int | None = None) -> FrozenFlowCritic:
+        """The critic as it is now, for values without gradient: what is done to the weights later does not reach it."""
+        from fastflow.frozen import FrozenFlowCritic
+
+        return FrozenFlowCritic(self, num_steps)
 
     def start(self, u: Tensor) -> Tensor:
         """z_0 = (1 - u) l + u u' for uniform draws u: the start of the walk in `noise_range` = (l, u')."""
@@ -192,7 +199,7 @@ class FlowCritic(nn.Module):
             weight = weight.reshape(-1) if weight.shape == lead else weight.reshape(-1, samples)
         rows = ops.flow_matching_loss(
             self.field,
-            self._starts(u),
+            self._starts(u, self.field.spec.ensemble),
             target.reshape(-1, 1),
             t.reshape(-1, samples),
             cond,
@@ -204,10 +211,9 @@ class FlowCritic(nn.Module):
         )
         return rows if reduction != "none" else rows.reshape(*rows.shape[:-2], *lead, samples)
 
-    def _starts(self, u: Tensor) -> Tensor:
+    def _starts(self, u: Tensor, members: int | None) -> Tensor:
         """The walks' starts [B, S, 1], or [E, B, S, 1]: with its E axis the operators cannot take S for B."""
         z_0 = self.start(u).unsqueeze(-1)
-        members = self.field.spec.ensemble
         return z_0 if members is None else z_0.expand(members, *z_0.shape)
 
     def _draws(self, noise: Tensor | None, lead: torch.Size, cond: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -293,15 +299,7 @@ class FlowPolicy(nn.Module):
         Returns:
             [..., A].
         """
-        cond, lead = _rows(self, obs, None)
-        if deterministic and noise is not None:
-            raise ValueError("FlowPolicy: noise must be None where deterministic is True")
-        if step_noise is not None:
-            if step_noise.shape[1:] != (*lead, self.action_dim):
-                expected = ["K", *lead, self.action_dim]
-                raise ValueError(f"FlowPolicy: step_noise must be {expected}, got {list(step_noise.shape)}")
-            step_noise = step_noise.reshape(step_noise.shape[0], cond.shape[0], self.action_dim)
-        x_0 = None if deterministic else _normal(self, noise, lead, cond, generator)
+        cond, x_0, step_noise, lead = policy_start(self, obs, noise, deterministic, step_noise, generator)
         x_1 = ops.integrate(
             self.field,
             x_0,
@@ -312,7 +310,14 @@ class FlowPolicy(nn.Module):
             backend=self.backend,
             precision=self.precision,
         )
-        return _clip(x_1, self.clip).reshape(*lead, self.action_dim)
+        return policy_end(x_1, self.clip, lead)
+
+    def freeze(self, num_steps: int | None = None) -> FrozenFlowPolicy:
+        """The policy as it is now, for acting: actions without gradient, which later changes of the weights do not
+        reach. On the CPU a call of one row costs a few microseconds."""
+        from fastflow.frozen import FrozenFlowPolicy
+
+        return FrozenFlowPolicy(self, num_steps)
 
     def loss(
         self,
@@ -353,7 +358,20 @@ class FlowPolicy(nn.Module):
         return rows if reduction != "none" else rows.reshape(lead)
 
 
-class OneStepPolicy(nn.Module):
+class _Plain(nn.Module):
+    """A network without a flow."""
+
+    activation: str
+    norm: str | None
+    backend: str | None
+    precision: str | None
+
+    def _dense(self, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        native = (ops.DEFAULT_BACKEND if self.backend is None else self.backend) != "reference"
+        return dense_stack(x, parameters, self.activation, self.norm, precision=self.precision, native=native)
+
+
+class OneStepPolicy(_Plain):
     """A policy that maps (obs, noise) to an action in one pass: FQL's distilled one-step actor.
 
     Args:
@@ -361,6 +379,7 @@ class OneStepPolicy(nn.Module):
         hidden, activation, norm: of the network [obs, noise] -> action.
         clip: actions are clipped to [-clip, clip] unless a call asks for the raw output; None for none.
         backend: "reference" for plain PyTorch; else, on the CPU, native code runs the network where it can.
+        precision: "bf16" rounds the operands of matrix products; None follows torch's settings.
     """
 
     def __init__(
@@ -373,6 +392,7 @@ class OneStepPolicy(nn.Module):
         norm: str | None = None,
         clip: float | None = 1.0,
         backend: str | None = None,
+        precision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -380,7 +400,8 @@ class OneStepPolicy(nn.Module):
         widths = (obs_dim + action_dim, *hidden, action_dim)
         self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), None, norm, device, dtype)
         self.obs_dim, self.action_dim = obs_dim, action_dim
-        self.activation, self.norm, self.clip, self.backend = activation, norm, clip, backend
+        self.activation, self.norm, self.clip = activation, norm, clip
+        self.backend, self.precision = backend, precision
 
     def forward(
         self,
@@ -396,11 +417,11 @@ class OneStepPolicy(nn.Module):
         """
         cond, lead = _rows(self, obs, None)
         x = torch.cat([cond, _normal(self, noise, lead, cond, generator)], dim=-1)
-        out = dense_stack(x, self.network.parameter_list(), self.activation, self.norm, native=_native(self.backend))
+        out = self._dense(x, self.network.parameter_list())
         return (out if raw else _clip(out, self.clip)).reshape(*lead, self.action_dim)
 
 
-class ValueNetwork(nn.Module):
+class ValueNetwork(_Plain):
     """A plain (monolithic) critic, [obs, action] -> value: floq's distilled critic, FQL's critic.
 
     Args:
@@ -408,6 +429,7 @@ class ValueNetwork(nn.Module):
         hidden, activation, norm: of the network.
         ensemble: E members side by side, None for one.
         backend: "reference" for plain PyTorch; else, on the CPU, native code runs the network where it can.
+        precision: "bf16" rounds the operands of matrix products; None follows torch's settings.
     """
 
     def __init__(
@@ -420,6 +442,7 @@ class ValueNetwork(nn.Module):
         activation: str = "gelu_tanh",
         norm: str | None = "layer",
         backend: str | None = None,
+        precision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -427,7 +450,8 @@ class ValueNetwork(nn.Module):
         widths = (obs_dim + action_dim, *hidden, 1)
         self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), ensemble, norm, device, dtype)
         self.obs_dim, self.action_dim, self.ensemble = obs_dim, action_dim, ensemble
-        self.activation, self.norm, self.backend = activation, norm, backend
+        self.activation, self.norm = activation, norm
+        self.backend, self.precision = backend, precision
 
     def forward(self, obs: Tensor, action: Tensor | None = None, *, frozen: bool = False) -> Tensor:
         """[..., 1], or [E, ..., 1] with an ensemble; with `frozen` gradients reach obs and action but no parameter."""
@@ -437,7 +461,7 @@ class ValueNetwork(nn.Module):
         parameters = self.network.parameter_list()
         if frozen:
             parameters = [p.detach() for p in parameters]
-        out = dense_stack(x, parameters, self.activation, self.norm, native=_native(self.backend))
+        out = self._dense(x, parameters)
         return out.reshape(*out.shape[:-2], *lead, 1)
 
 
@@ -459,11 +483,61 @@ def value_ranges(
     return value_range, (noise_coverage * r_min * scale, noise_coverage * r_max * scale)
 
 
+# What a critic and a policy do before and behind their walk, frozen or not.
+
+
+def critic_start(
+    critic: FlowCritic,
+    obs: Tensor,
+    action: Tensor | None,
+    noise: Tensor | None,
+    members: int | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, torch.Size]:
+    """(cond [B, O + A], starts [B, S, 1] or [E, B, S, 1], the leading shape)."""
+    cond, lead = _rows(critic, obs, action)
+    return cond, critic._starts(critic._draws(noise, lead, cond, generator), members), lead
+
+
+def critic_end(z: Tensor, lead: torch.Size) -> Tensor:
+    """The mean over the S walks, [..., 1] or [E, ..., 1]."""
+    q = z.mean(-2)
+    return q.reshape(*q.shape[:-2], *lead, 1)
+
+
+def policy_start(
+    policy: FlowPolicy | FrozenFlowPolicy,
+    obs: Tensor,
+    noise: Tensor | None,
+    deterministic: bool,
+    step_noise: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, torch.Size]:
+    """(cond [B, O], start [B, A] or None for zero, step noise [K, B, A], the leading shape)."""
+    cond, lead = _rows(policy, obs, None)
+    if deterministic and noise is not None:
+        raise ValueError("FlowPolicy: noise must be None where deterministic is True")
+    if step_noise is not None:
+        if step_noise.shape[1:] != (*lead, policy.action_dim):
+            expected = ["K", *lead, policy.action_dim]
+            raise ValueError(f"FlowPolicy: step_noise must be {expected}, got {list(step_noise.shape)}")
+        step_noise = step_noise.reshape(step_noise.shape[0], cond.shape[0], policy.action_dim)
+    x_0 = None if deterministic else _normal(policy, noise, lead, cond, generator)
+    return cond, x_0, step_noise, lead
+
+
+def policy_end(x_1: Tensor, limit: float | None, lead: torch.Size) -> Tensor:
+    """Clipped actions [..., A]."""
+    return _clip(x_1, limit).reshape(*lead, x_1.shape[-1])
+
+
 def _rows(
-    module: FlowCritic | FlowPolicy | OneStepPolicy | ValueNetwork, obs: Tensor, action: Tensor | None
+    module: FlowCritic | FlowPolicy | FrozenFlowPolicy | OneStepPolicy | ValueNetwork,
+    obs: Tensor,
+    action: Tensor | None,
 ) -> tuple[Tensor, torch.Size]:
     """[obs, action] as [B, O + A] and the leading shape they came with."""
-    name = type(module).__name__
+    name = type(module).__name__.removeprefix("Frozen")
     if obs.dim() == 0 or obs.shape[-1] != module.obs_dim:
         raise ValueError(f"{name}: obs must be [..., {module.obs_dim}], got {list(obs.shape)}")
     lead = obs.shape[:-1]
@@ -478,7 +552,7 @@ def _rows(
 
 
 def _normal(
-    module: FlowPolicy | OneStepPolicy,
+    module: FlowPolicy | FrozenFlowPolicy | OneStepPolicy,
     noise: Tensor | None,
     lead: torch.Size,
     cond: Tensor,
@@ -499,10 +573,6 @@ def _draw(
     # torch.compile follows symbolic shapes only through the overload without a generator.
     given = {} if generator is None else {"generator": generator}
     return sampler(shape, dtype=like.dtype, device=like.device, **given)
-
-
-def _native(backend: str | None) -> bool:
-    return (ops.DEFAULT_BACKEND if backend is None else backend) != "reference"
 
 
 def _clip(action: Tensor, limit: float | None) -> Tensor:

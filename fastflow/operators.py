@@ -7,6 +7,7 @@ its key. `runner` says who does the work: "triton" (`fastflow.fused`), "native" 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -143,6 +144,12 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     pass
 
 
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Kernels are launched on the current device."""
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
 def _kernels(runner: str) -> ModuleType:
     """What runs an operator. Both modules hold the same functions."""
     return importlib.import_module("fastflow.fused" if runner == "triton" else "fastflow.cpu")
@@ -374,22 +381,31 @@ class Operator:
     def __call__(self, *arguments: Any) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
             return self.op(*arguments)
-        nesting = _Nesting(arguments)
-        flat = nesting.flat(arguments)
         if inside_transform():
-            return self.transformed.apply(nesting, *flat)
-        if not _plain(flat):
+            nesting = _Nesting(arguments)
+            return self.transformed.apply(nesting, *nesting.flat(arguments))
+        plain, differentiated = _look(arguments)
+        if not plain:
             return self.op(*arguments)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
-            return self.eager.apply(nesting, *flat)
+        if differentiated and torch.is_grad_enabled():
+            nesting = _Nesting(arguments)
+            return self.eager.apply(nesting, *nesting.flat(arguments))
         return self.body(*arguments)
 
 
-def _plain(flat: Iterable[Any]) -> bool:
-    """Whether nobody watches operators and all tensors are ordinary ones."""
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in flat if isinstance(x, Tensor))
+def _look(arguments: Sequence[Any]) -> tuple[bool, bool]:
+    """(whether nobody watches operators and all tensors are ordinary ones, whether one requires a gradient)."""
+    plain = not torch._C._len_torch_dispatch_stack() and torch.autograd.forward_ad._current_level < 0
+    differentiated = False
+    for argument in arguments:
+        for x in argument if isinstance(argument, list) else (argument,):
+            if isinstance(x, Tensor):
+                plain = plain and type(x) in _ORDINARY
+                differentiated = differentiated or x.requires_grad
+    return plain, differentiated
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def needs_of(ctx: Any) -> Any:
@@ -433,7 +449,7 @@ def _integrate(
         if not x_0.numel():
             return kernels.walk_fakes(x_0, spec, num_steps, method, precision, keep, store)
         t_0, t_1 = _both_times(t_0, t_1, start, end, x_0)
-        with torch.cuda.device_of(x_0):
+        with _on_device(x_0):
             return kernels.walk(
                 x_0, cond, parameters, t_0, t_1, step_noise, spec, num_steps, start, end, method, precision, keep, store
             )
@@ -506,7 +522,7 @@ def _integrate_bwd(
         kernels = _kernels(runner)
 
         t_0, t_1 = _both_times(t_0, t_1, start, end, x_0)
-        with torch.cuda.device_of(x_0):
+        with _on_device(x_0):
             grads = kernels.walk_bwd(grad, grad_path, cond, parameters, t_0, t_1, saved, *options, store, needs)
         return _owned(grads, grad, grad_path, x_0, cond, *parameters, *saved)
 
@@ -694,7 +710,7 @@ def _matching_loss_op(
         if not b.numel():
             return kernels.loss_fakes(b, spec, precision, save, invariant)
         path = (interpolate, sigma_min)
-        with torch.cuda.device_of(b):
+        with _on_device(b):
             return kernels.loss(a, b, t, cond, parameters, seed, ids, spec, precision, *path, save, invariant)
     a, t = _drawn(a, b, t, seed, ids)
     rows = reference_rows(a, b, t, cond, parameters, spec, precision, interpolate, sigma_min)
@@ -756,7 +772,7 @@ def _matching_loss_bwd(
     if runner != "reference":
         kernels = _kernels(runner)
 
-        with torch.cuda.device_of(b):
+        with _on_device(b):
             grads = kernels.loss_bwd(grad, a, b, t, cond, parameters, seed, ids, saved, *options, needs)
         return _owned(grads, grad, a, b, t, cond, *parameters, *saved)
 

@@ -273,6 +273,26 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return operators.inside_transform() or any(t is not None and t.requires_grad for t in tensors)
 
 
+def check_walk(
+    field: Fields,
+    num_steps: int,
+    method: str = "euler",
+    t_0: float = 0.0,
+    t_1: float = 1.0,
+    backend: str | None = None,
+    precision: str | None = None,
+) -> _Call:
+    """The call that `integrate` would open with these options, times being numbers; it raises what that would."""
+    _check_steps(num_steps, False)
+    _check_name("integrate", "method", method, METHODS)
+    call = _Call.open("integrate", field, backend, precision)
+    for name, t in (("t_0", t_0), ("t_1", t_1)):
+        if isinstance(t, Tensor):
+            raise TypeError(f"FrozenWalk: {name} must be a number, got a Tensor")
+        call.time(t, name)
+    return call
+
+
 # Checks and the canonical form --------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_as_accurate
+from conftest import assert_pass_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,8 +56,7 @@ def test_value_and_gradients_match_the_reference(hidden, inputs, outputs, lead, 
     eager = outcome(lambda x, p: reference.dense_stack(x, p, activation, norm), stack, x)
     double = copy.deepcopy(stack).double()
     exact = outcome(lambda x, p: reference.dense_stack(x, p, activation, norm), double, x.double())
-    for name, value in exact.items():
-        assert_as_accurate(name, found[name], eager[name], value, ratio_floor=4e-6)
+    assert_pass_as_accurate(found, eager, exact, "fp32")
 
 
 @needs_native
@@ -70,8 +69,7 @@ def test_wide_layers_keep_their_products(rows):
     eager = outcome(lambda x, p: reference.dense_stack(x, p, "gelu_tanh", "layer"), stack, x)
     double = copy.deepcopy(stack).double()
     exact = outcome(lambda x, p: reference.dense_stack(x, p, "gelu_tanh", "layer"), double, x.double())
-    for name, value in exact.items():
-        assert_as_accurate(name, found[name], eager[name], value, ratio_floor=4e-6)
+    assert_pass_as_accurate(found, eager, exact, "fp32")
 
 
 @needs_native

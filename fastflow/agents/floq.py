@@ -100,7 +100,7 @@ class FloqConfig:
     """What runs the flows' walks and losses, see fastflow.integrate, and on the CPU the other networks; None takes the
     environment variable FASTFLOW_BACKEND, or auto."""
     precision: Literal["bf16", "tf32", "fp32"] | None = None
-    """Matrix products of the flows' walks and losses; None follows torch's settings, as the other networks do."""
+    """Matrix products of all networks; None follows torch's settings."""
 
     def __post_init__(self) -> None:
         for name in ("value_hidden_dims", "actor_hidden_dims"):
@@ -331,6 +331,7 @@ class FloqNetworks(nn.Module):
             ensemble=config.num_ensembles,
             norm=critic_norm,
             backend=config.backend,
+            precision=config.precision,
             **plain,
         )
         self.actor_bc_flow = FlowPolicy(
@@ -347,6 +348,7 @@ class FloqNetworks(nn.Module):
             hidden=config.actor_hidden_dims,
             norm=actor_norm,
             backend=config.backend,
+            precision=config.precision,
             **plain,
         )
         self.to_empty(device="cpu")

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -152,6 +153,13 @@ def _loaded(bf16: bool = False) -> ctypes.CDLL | str:
                 for name in ("walk", "walk_bwd", "loss", "loss_bwd", "stack", "stack_bwd"):
                     function = getattr(library, f"fastflow_{name}")
                     function.argtypes = (ctypes.c_char_p,) * 3  # bytes are passed as they are
+                library.fastflow_freeze.argtypes = (ctypes.c_char_p,) * 3
+                library.fastflow_freeze.restype = ctypes.c_void_p
+                library.fastflow_walk_frozen.argtypes = (
+                    *(ctypes.c_void_p, *(ctypes.c_int64,) * 4),
+                    *(ctypes.c_void_p,) * 4,
+                )
+                library.fastflow_release.argtypes = (ctypes.c_void_p,)
                 _state[bf16] = library
             except (Unavailable, OSError, AttributeError) as error:
                 _state[bf16] = str(error)
@@ -249,3 +257,42 @@ def call(
         raise MemoryError(f"fastflow: no memory for the buffers of {name}")
     if status:
         raise RuntimeError(f"fastflow: {name} failed")
+
+
+class PackedWalk:
+    """A walk whose weights are packed once, in memory of its own until the object goes.
+
+    Args:
+        network: the description; ints, reals, tensors: those of the operator "walk" for no rows, up to its weights.
+    """
+
+    def __init__(
+        self, network: Description, ints: Sequence[int], reals: Sequence[float], tensors: Sequence[Tensor | None]
+    ) -> None:
+        library = _loaded(network.bf16)
+        if isinstance(library, str):
+            raise Unavailable(library)
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        handle = library.fastflow_freeze(
+            network.ints + struct.pack(f"{len(ints)}q", *ints),
+            network.reals + struct.pack(f"{len(reals)}d", *reals),
+            struct.pack(f"{len(pointers)}Q", *pointers),
+        )
+        if not handle:
+            raise MemoryError("fastflow: no memory for a frozen copy of the weights")
+        self._handle, self._walk = handle, library.fastflow_walk_frozen
+        self._tensors = tuple(tensors)  # what the packed weights still point to, such as time features
+        weakref.finalize(self, library.fastflow_release, handle)
+
+    def __call__(self, x_0: Tensor, cond: Tensor, step_noise: Tensor | None, rows: int, samples: int) -> Tensor:
+        """x_K for contiguous x_0 [E, B, S, D] and cond [E or 1, B, C]."""
+        x_1 = torch.empty_like(x_0)
+        noise = None if step_noise is None else step_noise.data_ptr()
+        status = self._walk(
+            self._handle,
+            *(rows, samples, torch.get_num_threads(), cond.shape[0] > 1),
+            *(cond.data_ptr(), x_0.data_ptr(), noise, x_1.data_ptr()),
+        )
+        if status:
+            raise MemoryError("fastflow: no memory for the buffers of a walk")
+        return x_1

@@ -87,6 +87,8 @@ struct Arena {
 struct Workspace {
   char* memory = nullptr;
   size_t size = 0;
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
   ~Workspace() { free(memory); }
   template <class Lay>
   void hold(Lay lay) {
@@ -526,14 +528,26 @@ struct Block {
       const long n = std::min<long>(GROUP, rows - r0);
       const float* x = y[size_t(i)] + r0 * pad;
       float* to = out[size_t(i)] + r0 * pad;
-      auto put = [&](long r, long k, Vec v) {
-        if (layer.add >= 0) v += load(out[size_t(layer.add)] + (r0 + r) * net.layers[layer.add].pad + k);
-        store(to + r * pad + k, v);
-        if (BF) operand<BF>(op[size_t(i)] + (r0 + r) * ld_out(i), v, int(k / LANES));
+      // A row's result: plus that of another layer, and once more as an operand.
+      struct Row {
+        float* to;
+        uint32_t* unit;
+        const float* also;
+        INLINE_MEMBER void put(long k, Vec v) const {
+          if (also) v += load(also + k);
+          store(to + k, v);
+          if (BF) operand<BF>(unit, v, int(k / LANES));
+        }
+      };
+      auto row = [&](long r) {
+        const float* also = layer.add >= 0 ? out[size_t(layer.add)] + (r0 + r) * net.layers[layer.add].pad : nullptr;
+        return Row{to + r * pad, op[size_t(i)] + (r0 + r) * ld_out(i), also};
       };
       if (net.norm == NONE) {
-        for (long r = 0; r < n; r++)
-          for (long k = 0; k < wide; k += LANES) put(r, k, activate<A, false>(load(x + r * pad + k), unused));
+        for (long r = 0; r < n; r++) {
+          const Row at = row(r);
+          for (long k = 0; k < wide; k += LANES) at.put(k, activate<A, false, BF>(load(x + r * pad + k), unused));
+        }
         continue;
       }
       Moments m;
@@ -541,7 +555,7 @@ struct Block {
         Vec sum = {};
         for (long k = 0; k < wide; k += LANES) {
           Vec v = load(x + r * pad + k);
-          if (net.norm == AFTER) store(to + r * pad + k, v = activate<A, false>(v, unused));
+          if (net.norm == AFTER) store(to + r * pad + k, v = activate<A, false, BF>(v, unused));
           sum += v;
         }
         m.mean[r] = total(sum);
@@ -549,16 +563,18 @@ struct Block {
       finish_moments(m, net.norm == AFTER ? to : x, pad, width, n);
       for (long r = 0; r < n && keep; r++) stats[size_t(i)][2 * (r0 + r)] = m.mean[r], stats[size_t(i)][2 * (r0 + r) + 1] = m.inverse[r];
       for (long r = 0; r < n; r++) {
+        const Row at = row(r);
+        const float mean = m.mean[r], inverse = m.inverse[r], *scale = own.scale, *shift = own.shift;
         if (net.norm == AFTER) {
           for (long k = 0; k < wide; k += LANES)
-            put(r, k, (load(to + r * pad + k) - m.mean[r]) * (load(own.scale + k) * m.inverse[r]) + load(own.shift + k));
+            at.put(k, (load(to + r * pad + k) - mean) * (load(scale + k) * inverse) + load(shift + k));
           continue;
         }
         const float* f = net.film() ? film[size_t(i)] + (r0 + r) * 2 * pad : nullptr;
         for (long k = 0; k < wide; k += LANES) {
-          Vec hat = (load(x + r * pad + k) - m.mean[r]) * m.inverse[r];
-          Vec z = f ? hat * (1.0f + load(f + k)) + load(f + pad + k) : hat * load(own.scale + k) + load(own.shift + k);
-          put(r, k, activate<A, false>(z, unused));
+          Vec hat = (load(x + r * pad + k) - mean) * inverse;
+          Vec z = f ? hat * (1.0f + load(f + k)) + load(f + pad + k) : hat * load(scale + k) + load(shift + k);
+          at.put(k, activate<A, false, BF>(z, unused));
         }
       }
     }
@@ -746,7 +762,7 @@ struct Block {
         for (long r = 0; r < count; r++)
           for (long k = 0; k < wide; k += LANES) {
             Vec s;
-            activate<A, true>(load(x + r * pad + k), s);
+            activate<A, true, BF>(load(x + r * pad + k), s);
             Vec v = load(g + r * pad + k) * s;
             store(g + r * pad + k, v);
             if (bias) grow(bias, k, v);
@@ -761,14 +777,14 @@ struct Block {
         for (long k = 0; k < wide; k += LANES) {
           Vec s, hat, v = load(g + r * pad + k);
           if (net.norm == AFTER) {
-            hat = (activate<A, true>(load(x + r * pad + k), s) - mean) * inverse;
+            hat = (activate<A, true, BF>(load(x + r * pad + k), s) - mean) * inverse;
             if (scale) grow(scale, k, v * hat), grow(shift, k, v);
             v *= load(own.scale + k);
             store(slopes + r * most + k, s);
           } else {
             hat = (load(x + r * pad + k) - mean) * inverse;
             Vec z = f ? hat * (1.0f + load(f + k)) + load(f + pad + k) : hat * load(own.scale + k) + load(own.shift + k);
-            activate<A, true>(z, s);
+            activate<A, true, BF>(z, s);
             v *= s;
             if (f) {
               Vec factor = 1.0f + load(f + k);

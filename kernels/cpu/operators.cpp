@@ -103,15 +103,20 @@ struct Call {
     shared = a.integer() != 0;
     cond_e = a.integer(), features_n = a.integer(), features_e = a.integer(), features_m = a.integer();
     film_e = a.integer(), film_b = a.integer();
-    E = fields * per_field, M = B * S;
-    double weights = 0;
-    for (long n : sizes.w) weights += double(n);
-    threads = std::max<long>(1, std::min<long>(threads, long(weights * double(E * M) * double(N) / WORTH)));
+    E = fields * per_field;
+    settle();
     cond = a.pointer<float>(), features = a.pointer<float>(), film = a.pointer<float>();
     for (long f = 0; f < fields; f++) {
       const auto field = member_weights<const float*>(a, net);
       for (long e = 0; e < per_field; e++) given.push_back(of_member(field, net, sizes, e));
     }
+  }
+  // Few rows are not worth waking threads for.
+  void settle() {
+    M = B * S;
+    double weights = 0;
+    for (long n : sizes.w) weights += double(n);
+    threads = std::max<long>(1, std::min<long>(threads, long(weights * double(E * M) * double(N) / WORTH)));
   }
   long block() const { return net.film() ? BLOCK_FILM : BLOCK; }
   const float* cond_of(long e) const { return cond + e * cond_e; }
@@ -119,9 +124,9 @@ struct Call {
 };
 
 template <bool BF>
-std::vector<Packed> pack_weights(const Call& c, bool back) {
+std::vector<Packed> pack_weights(const Call& c, bool back, Workspace& memory = packed_weights) {
   std::vector<Packed> packed(size_t(c.E));
-  packed_weights.hold([&](Arena& a) {
+  memory.hold([&](Arena& a) {
     for (Packed& p : packed) p.lay<BF>(a, c.net, c.N, c.shared, back);
   });
   for_all(c.E, c.threads, [&](long e) {
@@ -179,10 +184,7 @@ void velocity(const Walk& w, Block<BF>& b, long e, long first, long n, const flo
 }
 
 template <bool BF>
-void walk(Arguments& g) {
-  const Walk w(g);
-  float *x_1 = g.pointer<float>(), *path = g.pointer<float>(), *stages = g.pointer<float>();
-  const auto packed = pack_weights<BF>(w, false);
+void walk_rows(const Walk& w, const std::vector<Packed>& packed, float* x_1, float* path, float* stages) {
   const long D = w.net.D, count = w.E * w.M * D;
   // Small blocks where there are more threads than blocks: rows do not depend on one another.
   const long most = std::max<long>(ROWS, round_up((w.E * w.M + w.threads - 1) / w.threads, ROWS));
@@ -215,8 +217,30 @@ void walk(Arguments& g) {
     memcpy(x_1 + row * D, x, size_t(size) * 4);
     own_buffers.trim(KEEP);
   });
+}
+
+template <bool BF>
+void walk(Arguments& g) {
+  const Walk w(g);
+  float *x_1 = g.pointer<float>(), *path = g.pointer<float>(), *stages = g.pointer<float>();
+  walk_rows<BF>(w, pack_weights<BF>(w, false), x_1, path, stages);
   packed_weights.trim(KEEP);
 }
+
+// A walk whose weights are packed once: fields, steps and times of `Walk`, rows of each call.
+struct Frozen {
+  Walk walk;
+  Workspace memory;
+  std::vector<Packed> packed;
+  explicit Frozen(Arguments& g) : walk(g), packed(pack_weights<PAIRS>(walk, false, memory)) { walk.given.clear(); }
+  void run(long rows, long samples, long threads, bool cond_per_member, const float* cond, const float* x_0, const float* noise, float* x_1) const {
+    Walk w = walk;
+    w.B = rows, w.S = samples, w.threads = threads, w.cond_e = cond_per_member ? rows * w.net.C : 0;
+    w.cond = cond, w.x_0 = x_0, w.noise = noise;
+    w.settle();
+    walk_rows<PAIRS>(w, packed, x_1, nullptr, nullptr);
+  }
+};
 
 // to += factor * from.
 void add_scaled(float* to, float factor, const float* from, long n) {
@@ -635,17 +659,23 @@ void stack_bwd(Arguments& g) {
   packed_weights.trim(KEEP);
 }
 
-using Operator = void (*)(Arguments&);
-int run(Operator what, const int64_t* ints, const double* reals, void* const* pointers) {
+// 0, or what went wrong: 1 for no memory.
+template <class Do>
+int guarded(Do what) {
   try {
-    Arguments arguments{ints, reals, pointers};
-    what(arguments);
+    what();
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
   } catch (...) {
     return 2;
   }
+}
+int run(void (*what)(Arguments&), const int64_t* ints, const double* reals, void* const* pointers) {
+  return guarded([&] {
+    Arguments arguments{ints, reals, pointers};
+    what(arguments);
+  });
 }
 
 }  // namespace
@@ -658,6 +688,19 @@ int fastflow_loss(const int64_t* i, const double* r, void* const* p) { return ru
 int fastflow_loss_bwd(const int64_t* i, const double* r, void* const* p) { return run(loss_bwd<PAIRS>, i, r, p); }
 int fastflow_stack(const int64_t* i, const double* r, void* const* p) { return run(stack<PAIRS>, i, r, p); }
 int fastflow_stack_bwd(const int64_t* i, const double* r, void* const* p) { return run(stack_bwd<PAIRS>, i, r, p); }
+// A handle to `Frozen`, or null.
+void* fastflow_freeze(const int64_t* i, const double* r, void* const* p) {
+  Frozen* frozen = nullptr;
+  guarded([&] {
+    Arguments arguments{i, r, p};
+    frozen = new Frozen(arguments);
+  });
+  return frozen;
+}
+int fastflow_walk_frozen(const void* frozen, int64_t rows, int64_t samples, int64_t threads, int64_t cond_per_member, const float* cond, const float* x_0, const float* noise, float* x_1) {
+  return guarded([&] { static_cast<const Frozen*>(frozen)->run(rows, samples, threads, cond_per_member != 0, cond, x_0, noise, x_1); });
+}
+void fastflow_release(void* frozen) { delete static_cast<Frozen*>(frozen); }
 // Width of vectors in floats, whether bfloat16 products are there, whether threads are.
 int fastflow_lanes() { return LANES; }
 int fastflow_bf16() {

@@ -33,6 +33,7 @@ typedef int32_t Int __attribute__((vector_size(4 * LANES)));
 typedef float VecAny __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAny*>(p); }
 INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAny*>(p) = x; }
@@ -112,6 +113,18 @@ INLINE Vec exp_minus_one(Vec x) {
   return (exp_tail(at.r) * (at.r * at.r) + at.r) * whole + (whole - 1.0f);
 }
 INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp_of(-x)); }
+// The same to some 1e-4, for results that are rounded to bfloat16, whose neighbours are 4e-3 apart.
+INLINE Vec rough_sigmoid(Vec x) {
+#if defined(__AVX512F__)
+  __m512 p = reinterpret_cast<__m512>(larger(smaller(x * -1.44269504088896341f, all(126.0f)), all(-126.0f)));
+  __m512 n = _mm512_roundscale_ps(p, 8);
+  Vec f = reinterpret_cast<Vec>(p) - reinterpret_cast<Vec>(n);
+  Vec e = scale((((0.0096181291f * f + 0.0555041087f) * f + 0.2402265070f) * f + 0.6931471806f) * f + 1.0f, reinterpret_cast<Vec>(n));
+  return reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(1.0f + e)));
+#else
+  return sigmoid(x);
+#endif
+}
 // tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|).
 INLINE Vec tanh_of(Vec x) {
   Vec e = exp_minus_one(magnitude(x) * -2.0f);
@@ -130,13 +143,14 @@ INLINE Vec erf_of(Vec x) {
 // Activations, as named by `fastflow.kernels.cpu.ACTIVATIONS`.
 enum Activation { GELU_TANH, GELU, SILU, RELU, ELU, MISH, TANH };
 
-// The value, and its derivative where `slope` is asked for: both share the exponential.
-template <int A, bool SLOPE>
+// The value, and its derivative where `slope` is asked for: both share the exponential. ROUGH where the value becomes an
+// operand of bfloat16.
+template <int A, bool SLOPE, bool ROUGH>
 INLINE Vec activate(Vec x, Vec& slope) {
   if (A == GELU_TANH) {
     const float c = 1.5957691216057308f;  // 2 sqrt(2 / pi): tanh as a sigmoid
     Vec xx = x * x;
-    Vec s = sigmoid(x * (c + (c * 0.044715f) * xx));
+    Vec u = x * (c + (c * 0.044715f) * xx), s = ROUGH ? rough_sigmoid(u) : sigmoid(u);
     if (SLOPE) slope = s + x * s * (1.0f - s) * (c + (c * 3 * 0.044715f) * xx);
     return x * s;
   }
@@ -146,7 +160,7 @@ INLINE Vec activate(Vec x, Vec& slope) {
     return half + half * p;
   }
   if (A == SILU) {
-    Vec s = sigmoid(x);
+    Vec s = ROUGH ? rough_sigmoid(x) : sigmoid(x);
     if (SLOPE) slope = s * (1.0f + x * (1.0f - s));
     return x * s;
   }

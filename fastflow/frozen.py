@@ -1,0 +1,171 @@
+"""Walks and networks with the weights as they were when they were frozen: for acting, where the same weights serve
+thousands of calls.
+
+A frozen copy owns its weights: later updates of what it was made from do not reach it. It gives no gradients. On the
+CPU its weights are packed once, and a call of one row costs a few microseconds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastflow import cpu, ops
+from fastflow.fields import VelocityField
+from fastflow.kernels.cpu import PackedWalk
+
+if TYPE_CHECKING:
+    from fastflow.modules import FlowCritic, FlowPolicy
+
+__all__ = ["FrozenFlowCritic", "FrozenFlowPolicy", "FrozenWalk"]
+
+
+class FrozenWalk:
+    """`fastflow.integrate` of one field, or several, as they are now.
+
+    Args:
+        field, num_steps, method, t_0, t_1, backend, precision: as for `fastflow.integrate`; times are numbers.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `fastflow.integrate`.
+    """
+
+    def __init__(
+        self,
+        field: VelocityField | Sequence[VelocityField],
+        *,
+        num_steps: int,
+        method: str = "euler",
+        t_0: float = 0.0,
+        t_1: float = 1.0,
+        backend: str | None = None,
+        precision: str | None = None,
+    ) -> None:
+        fields = [field] if isinstance(field, VelocityField) else list(field)
+        self._options: dict[str, Any] = dict(num_steps=num_steps, method=method, t_0=t_0, t_1=t_1)
+        self._options |= dict(backend=backend, precision=precision)
+        ops.check_walk(fields, **self._options)
+        self._fields = [_copy(f) for f in fields]
+        self._native: PackedWalk | None = None
+        self._freeze()
+
+    def _freeze(self) -> None:
+        call = ops.check_walk(self._fields, **self._options)
+        self._spec, self._members, self._has_members = call.spec, call.members, call.has_members
+        self._dtype = call.dtype
+        if call.runner() == "native" and not call.spec.film:
+            names = ("num_steps", "method", "t_0", "t_1")
+            self._native = cpu.freeze(call.spec, call.parameters, call.precision, *(self._options[n] for n in names))
+
+    def __call__(self, x_0: Tensor, cond: Tensor | None = None, *, step_noise: Tensor | None = None) -> Tensor:
+        """x_K, without gradient; arguments, result and errors as for `fastflow.integrate`."""
+        # What a control loop asks for needs no look at every option.
+        if self._native is not None and step_noise is None and not self._has_members and self._simple(x_0, cond):
+            assert cond is not None
+            return self._native(x_0, cond.unsqueeze(0), None, x_0.shape[0], 1)
+        if self._native is None:
+            field = self._fields if len(self._fields) > 1 else self._fields[0]
+            with torch.no_grad():
+                return ops.integrate(field, x_0, cond, step_noise=step_noise, **self._options)
+        with torch.no_grad():
+            call = ops.check_walk(self._fields, **self._options)
+            x, c = call.canonical(x_0, cond, "x_0")
+            noise = None if step_noise is None else call.like_steps(step_noise, self._options["num_steps"]).contiguous()
+            x_1 = self._native(x.contiguous(), c.contiguous(), noise, call.batch, call.samples)
+            return call.restore(x_1)
+
+    def _simple(self, x_0: Tensor, cond: Tensor | None) -> bool:
+        """Whether x_0 is [B, D] and cond [B, C], contiguous and of the field's dtype."""
+        return (
+            type(x_0) is Tensor
+            and type(cond) is Tensor
+            and x_0.dim() == cond.dim() == 2
+            and x_0.shape[0] == cond.shape[0]
+            and x_0.shape[1] == self._spec.state_dim
+            and cond.shape[1] == self._spec.cond_dim
+            and x_0.dtype == cond.dtype == torch.float32
+            and not (x_0.is_cuda or cond.is_cuda)
+            and x_0.is_contiguous()
+            and cond.is_contiguous()
+        )
+
+    # The packed weights lie in memory of this process: a copy packs its own.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_native"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _native=None)
+        self._freeze()
+
+
+def _copy(field: VelocityField) -> VelocityField:
+    """A field of its own with the same weights, whatever stands in the parameters' places."""
+    given = field.parameter_list()
+    # Made on the meta device, where no initial weights are drawn.
+    twin = VelocityField(field.spec, "meta", given[0].dtype).to_empty(device=given[0].device)
+    with torch.no_grad():
+        for mine, theirs in zip(twin.parameter_list(), given, strict=True):
+            mine.copy_(theirs)
+    return twin.requires_grad_(False)
+
+
+class FrozenFlowPolicy:
+    """A `FlowPolicy` as it was: actions without gradient. Made by `FlowPolicy.freeze`."""
+
+    def __init__(self, policy: FlowPolicy, num_steps: int | None = None) -> None:
+        self.obs_dim, self.action_dim, self.clip = policy.obs_dim, policy.action_dim, policy.clip
+        self.walk = FrozenWalk(policy.field, **_options_of(policy, num_steps))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        obs: Tensor,
+        noise: Tensor | None = None,
+        *,
+        deterministic: bool = False,
+        step_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Actions [..., A] for obs [..., O], as `FlowPolicy.forward`."""
+        from fastflow import modules
+
+        cond, x_0, step_noise, lead = modules.policy_start(self, obs, noise, deterministic, step_noise, generator)
+        x_0 = cond.new_zeros(cond.shape[0], self.action_dim) if x_0 is None else x_0
+        return modules.policy_end(self.walk(x_0, cond, step_noise=step_noise), self.clip, lead)
+
+
+class FrozenFlowCritic:
+    """A `FlowCritic` as it was: values without gradient. Made by `FlowCritic.freeze`."""
+
+    def __init__(self, critic: FlowCritic, num_steps: int | None = None) -> None:
+        # The critic's own rules for inputs, on a copy that shares no weight with it.
+        self._critic = copy.copy(critic)
+        self._critic._modules = {}
+        self.obs_dim, self.action_dim = critic.obs_dim, critic.action_dim
+        self.walk = FrozenWalk(critic.field, **_options_of(critic, num_steps))
+        self._members = critic.field.spec.ensemble
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        obs: Tensor,
+        action: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Q [..., 1], or [E, ..., 1] with an ensemble, as `FlowCritic.forward`."""
+        from fastflow import modules
+
+        cond, z_0, lead = modules.critic_start(self._critic, obs, action, noise, self._members, generator)
+        return modules.critic_end(self.walk(z_0, cond), lead)
+
+
+def _options_of(module: FlowPolicy | FlowCritic, num_steps: int | None) -> dict[str, Any]:
+    steps = module.num_steps if num_steps is None else num_steps
+    return dict(num_steps=steps, method=module.method, backend=module.backend, precision=module.precision)
