@@ -2,12 +2,12 @@
 
 Keys of the file (FORMAT 1):
     format, kind ("cpu"), profile, started, seconds, complete
-    hardware      cpu, cpu_cores, flags {name: bool}, native (what fastflow's native code uses of it, empty without)
+    hardware      cpu, cpu_cores, flags {name: bool}, native (what fastflow's native code uses of it, or why it is not)
     software      versions, compiler
     repository    commit, dirty, sources
-    table         a list of rows: title, measurement, precision, threads, processors, disturbed (whether other programs
-                  needed its processors), runs (what fastflow ran), fastflow_us {median, p20, p80}, errors, and
-                  vs {rival: goal, against, median_us, ratio, p20, p80, met}
+    table         a list of rows: title, measurement, entrant, precision, threads, processors, disturbed (whether other
+                  programs needed its processors), runs (what fastflow ran), fastflow_us {median, p20, p80}, errors,
+                  and vs {rival: goal, against, median_us, ratio, p20, p80, met}
     measurements  by name: title, threads, processors, others (how many processors other programs took while the clock
                   ran), seconds, skipped, and entrants with name, rival, variant, precision, accurate, errors and
                   eager_errors against float64, note, prepare_seconds, median_us, p20_us, p80_us, spread, rounds,
@@ -44,8 +44,7 @@ def new(profile: str) -> dict[str, Any]:
     facts = machine.facts(torch.device("cpu"))
     # Paths say nothing of a measurement, and the file is for others to read.
     facts["software"].pop("executable")
-    native = {name: value for name, value in native_code.describe().items() if name != "native"}
-    facts["hardware"] |= {"flags": machine.cpu_flags(), "native": native}
+    facts["hardware"] |= {"flags": machine.cpu_flags(), "native": native_code.features()}
     facts["software"] |= {"compiler": machine.compiler(), "torchdiffeq": machine.version("torchdiffeq")}
     now = datetime.datetime.now(datetime.timezone.utc)
     head = {"format": FORMAT, "kind": "cpu", "profile": profile, "started": now.isoformat(timespec="seconds")}
@@ -69,10 +68,11 @@ def table(measurements: Mapping[str, Any], rows: Sequence[Row] = TABLE) -> list[
 
 
 def _row(row: Row, measured: Mapping[str, Any]) -> dict[str, Any]:
-    name = f"fastflow {row.precision}"
+    name = row.entrant
     timed = [entrant for entrant in measured["entrants"] if "median_us" in entrant]
     ours = next((entrant for entrant in timed if entrant["name"] == name), None)
-    out: dict[str, Any] = {"title": row.title, "measurement": row.measurement, "precision": row.precision}
+    out: dict[str, Any] = {"title": row.title, "measurement": row.measurement}
+    out |= {"entrant": name, "precision": row.precision}
     out |= {"threads": measured["threads"], "processors": measured["processors"]}
     out |= {"disturbed": _disturbed(measured), "runs": ours and ours["note"], "errors": ours and ours["errors"]}
     out["fastflow_us"] = ours and {key: ours[f"{key}_us"] for key in ("median", "p20", "p80")}
@@ -128,6 +128,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     commit = f"{repository['commit'] or repository['sources']}{' and changes' if repository['dirty'] else ''}"
     versions = ", ".join(f"{name} {software[name]}" for name in ("python", "torch", "jax", "numpy", "compiler"))
     lines += [f"- {hardware['cpu']}, {hardware['cpu_cores']} cores; of its flags: {flags}"]
+    lines += [f"- native code: {hardware['native']}"]
     lines += [f"- {versions}; commit {commit}; {report['started']}, {report['seconds']:.0f} s, {report['profile']}"]
     return "\n".join(lines) + "\n"
 

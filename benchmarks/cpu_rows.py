@@ -71,12 +71,19 @@ class Row:
         measurement: where its numbers come from.
         precision: of fastflow.
         goals: how many times as fast as "jax", "compile" and "eager" fastflow is to be.
+        variant: "frozen" for a `fastflow.FrozenWalk`, whose weights are packed once and not at every call.
     """
 
     title: str
     measurement: str
     precision: str
     goals: tuple[float, float, float]
+    variant: str = ""
+
+    @property
+    def entrant(self) -> str:
+        """Whose time it is."""
+        return " ".join(part for part in ("fastflow", self.variant, self.precision) if part)
 
     @property
     def goal(self) -> dict[str, float]:
@@ -99,6 +106,7 @@ _JAX = ("jax/scan/fp32", "jax/unrolled/fp32")
 _COMPILE = ("compile/fp32",)
 
 _FPO = CASES["fpo-walk-2048"]
+_FPO_WAYS = ("fastflow/fp32", "fastflow/frozen/fp32", "eager/fp32", *_JAX, *_COMPILE)
 
 
 def _fpo(rows: int) -> Case:
@@ -121,8 +129,8 @@ MEASUREMENTS: dict[str, Measurement] = {
             seconds=20.0,
         ),
         Measurement("walk-2x256", CASES["walk-2x256"], _ways(*_BOTH, *_ENSEMBLE, *_JAX, *_COMPILE)),
-        Measurement("fpo-walk-16", _fpo(16), _ways("fastflow/fp32", "eager/fp32", *_JAX, *_COMPILE), seconds=5.0),
-        Measurement("fpo-walk-1", _fpo(1), _ways("fastflow/fp32", "eager/fp32", *_JAX, *_COMPILE), seconds=5.0),
+        Measurement("fpo-walk-16", _fpo(16), _ways(*_FPO_WAYS), seconds=5.0),
+        Measurement("fpo-walk-1", _fpo(1), _ways(*_FPO_WAYS), seconds=5.0),
         Measurement(
             "loss-2x2048", CASES["loss-2x2048"], _ways(*_BOTH, *_ENSEMBLE, "jax/scan/fp32", *_COMPILE), seconds=15.0
         ),
@@ -137,8 +145,10 @@ TABLE: tuple[Row, ...] = (
     Row("walk 2 x 2,048 rows, 4x512, K=8, bf16 products", "walk-2x2048", "bf16", (3.0, 3.5, 5.0)),
     Row("the same, fp32 products", "walk-2x2048", "fp32", (1.1, 1.25, 1.8)),
     Row("walk, 256 rows (2 nets), 4x512, K=8, bf16", "walk-2x256", "bf16", (3.0, 3.0, 4.0)),
-    Row("FPO sampler, 16 rows, 4x32, K=10 (fp32)", "fpo-walk-16", "fp32", (1.0, 1.5, 4.0)),
-    Row("FPO sampler, 1 row, 4x32, K=10 (fp32)", "fpo-walk-1", "fp32", (1.0, 1.5, 4.0)),
+    Row("FPO sampler, 16 rows, 4x32, K=10, frozen copy", "fpo-walk-16", "fp32", (1.0, 1.5, 4.0), "frozen"),
+    Row("the same, `ff.integrate`", "fpo-walk-16", "fp32", (1.0, 1.5, 4.0)),
+    Row("FPO sampler, 1 row, 4x32, K=10, frozen copy", "fpo-walk-1", "fp32", (1.0, 1.5, 4.0), "frozen"),
+    Row("the same, `ff.integrate`", "fpo-walk-1", "fp32", (1.0, 1.5, 4.0)),
     Row(
         "loss forward + backward 2 x 2,048 rows (256 rows x 8 samples, 4x512), bf16",
         "loss-2x2048",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastflow as ff
 from benchmarks.cases import Problem
 from benchmarks.measure import Entry, Timer
 from benchmarks.rivals import FUSED_TIMES, RIVAL_TIMES, RIVALS, Variant, check, torch_variant
@@ -55,7 +56,7 @@ class Entrant:
 
     Args:
         rival: "fastflow", or what the goals are against: "jax", "compile", "eager"; else only shown.
-        variant: which of several of that kind; the fastest of them counts.
+        variant: which of several of that kind. Of rivals' the fastest counts.
         precision: of matrix products.
         prepare: builds, compiles and checks it. Raises `rivals.Skipped` where it cannot run here.
     """
@@ -75,8 +76,10 @@ def of_problem(problem: Problem, ways: Sequence[tuple[str, str, str]]) -> Iterat
     """Entrants of an operator's case, for (rival, variant, precision)."""
 
     def prepare(rival: str, variant: str, precision: str) -> Ready:
-        build = fastflow if rival == "fastflow" else RIVALS[_RIVALS.get((rival, variant), rival)]
-        built = build(problem, precision)
+        if rival == "fastflow":
+            built = frozen(problem, precision) if variant else fastflow(problem, precision)
+        else:
+            built = RIVALS[_RIVALS.get((rival, variant), rival)](problem, precision)
         verdict = check(problem, built, precision)
         within = verdict.within(FUSED_TIMES if rival == "fastflow" else RIVAL_TIMES)
         note = native(lambda: problem.results("fused", precision)) if rival == "fastflow" else ""
@@ -98,6 +101,13 @@ def fastflow(problem: Problem, precision: str) -> Variant:
         return problem.case.run(problem.field, inputs, "auto", precision)
 
     return torch_variant("fastflow", problem, run)
+
+
+def frozen(problem: Problem, precision: str) -> Variant:
+    """A walk whose weights were packed before: what acts in a control loop."""
+    case = problem.case
+    walk = ff.FrozenWalk(problem.field, num_steps=case.num_steps, method=case.method, precision=precision)
+    return torch_variant("fastflow frozen", problem, lambda x_0, cond: walk(x_0, cond))
 
 
 def native(fused: Callable[[], Any]) -> str:

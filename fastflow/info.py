@@ -80,7 +80,7 @@ def describe() -> str:
         f"{'python':<12} {platform.python_version()} ({sys.executable})",
         f"{'system':<12} {platform.platform()}",
         f"{'cpu':<12} {_cpu_name()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads",
-        f"{'native code':<12} {native.describe()}",
+        f"{'native code':<12} {native.features()} (kept in {native.cache_directory()})",
         f"{'backend':<12} FASTFLOW_BACKEND={os.environ.get('FASTFLOW_BACKEND', '(not set: auto)')}",
     ]
     if not torch.cuda.is_available():

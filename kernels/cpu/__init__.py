@@ -179,14 +179,14 @@ def has_bf16() -> bool:
     return not isinstance(found, str) and bool(found.fastflow_bf16())
 
 
-def describe() -> str:
-    """What is active, for people."""
+def features() -> str:
+    """What of the machine native code uses, for people; why there is none, where there is none."""
     found = _loaded()
     if isinstance(found, str):
         return f"none, the PyTorch reference runs: {found}"
     products = "bfloat16 products" if found.fastflow_bf16() else "products of bfloat16 operands in float32"
     threads = "threads by OpenMP" if found.fastflow_threads() else "one thread"
-    return f"vectors of {32 * found.fastflow_lanes()} bits, {products}, {threads}, in {cache_directory()}"
+    return f"vectors of {32 * found.fastflow_lanes()} bits, {products}, {threads}"
 
 
 # Calling ------------------------------------------------------------------------------------------------------------
