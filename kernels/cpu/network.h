@@ -59,6 +59,11 @@ struct Net {
   bool film() const { return norm == FILM; }
   bool affine() const { return norm == AFTER || norm == BEFORE; }
   long cond() const { return film() ? 0 : C; }  // rows of cond in the first layer's weight
+  long padded_widths() const {  // of all hidden layers
+    long sum = 0;
+    for (const Layer& layer : layers) sum += layer.pad;
+    return sum;
+  }
   long widest() const {
     long most = round_up(std::max({F, T, C, D}), COLS);
     for (const Layer& layer : layers) most = std::max(most, layer.pad);

@@ -12,15 +12,30 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
-constexpr long BLOCK = 96;        // rows of a task going forward, and of a step of a chunk on the way back
+constexpr long BLOCK = 96;      // rows of a task going forward, and of a step of a chunk on the way back
 constexpr long BLOCK_FILM = 48;   // where every row carries a scale and a shift for each layer
 constexpr long CHUNK = 512;       // fewest rows of a chunk of weight gradients
 constexpr long CHUNKS = 8;        // most chunks of a member: each needs room for all its gradients
 constexpr double WORTH = 4e6;     // multiplications that are worth waking a thread for
 constexpr size_t KEEP = size_t(256) << 20;  // bytes a thread holds on to between calls
+
+// Ask for huge pages before memory is first touched: the system takes a microsecond or two for each page, which is as
+// long as what is written there took to compute.
+void expect_large(void* memory, size_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t huge = size_t(2) << 20;
+  const size_t from = (reinterpret_cast<size_t>(memory) + huge - 1) / huge * huge, to = (reinterpret_cast<size_t>(memory) + size) / huge * huge;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)size;
+#endif
+}
 
 thread_local Workspace own_buffers, packed_weights, chunk_sums;
 
@@ -504,6 +519,7 @@ void loss(Arguments& g) {
   const Loss w(g);
   // Kept for the way back where it is asked for: the products' results, and the errors [E, M, D].
   float *losses = g.pointer<float>(), *kept = g.pointer<float>(), *kept_error = g.pointer<float>();
+  if (kept) expect_large(kept, size_t(w.E * w.M * w.net.padded_widths()) * 4);
   const auto packed = pack_weights<BF>(w, false);
   const long D = w.net.D, most = std::max<long>(ROWS, round_up((w.E * w.M + w.threads - 1) / w.threads, ROWS));
   const long block = std::min(w.block(), most), blocks = (w.M + block - 1) / block;
