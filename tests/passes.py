@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from conftest import assert_pass_as_accurate, products
-from networks import in_float64, random_inputs, to_float64
+from networks import in_float64, random_field, random_inputs, to_float64
 
 import fastflow as ff
 
@@ -28,15 +28,31 @@ def walk_and_gradients(field, inputs, **options) -> dict[str, torch.Tensor]:
     return found | dict(zip(leaves, grads, strict=True))
 
 
-def compare_walk(field, inputs, precision, backend="fused", **options) -> None:
-    """Assert that a pass is as accurate as eager PyTorch's."""
-    found = walk_and_gradients(field, inputs, backend=backend, precision=precision, **options)
-    options.pop("activations", None)
-    with products(precision):
-        eager = walk_and_gradients(field, inputs, backend="reference", precision=precision, **options)
-    options = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    exact = walk_and_gradients(in_float64(field), to_float64(inputs), backend="reference", **options)
-    assert_pass_as_accurate(found, eager, exact, precision)
+def compare_walk(field, inputs, precision, backend="fused", draws=1, **options) -> None:
+    """Assert that a pass is as accurate as eager PyTorch's; with more than one draw of weights, over all of them."""
+    exact_options = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    exact_options.pop("activations", None)
+    plain = {name: x for name, x in options.items() if name != "activations"}
+    passes = []
+    for each in _drawn_fields(field, draws):
+        found = walk_and_gradients(each, inputs, backend=backend, precision=precision, **options)
+        with products(precision):
+            eager = walk_and_gradients(each, inputs, backend="reference", precision=precision, **plain)
+        exact = walk_and_gradients(in_float64(each), to_float64(inputs), backend="reference", **exact_options)
+        passes.append((found, eager, exact))
+    assert_pass_as_accurate(*_together(passes), precision)
+
+
+def _drawn_fields(field: ff.VelocityField, draws: int) -> list[ff.VelocityField]:
+    device = field.parameter_list()[0].device
+    return [field, *(random_field(field.spec, device) for _ in range(draws - 1))]
+
+
+def _together(passes: list[tuple[dict[str, torch.Tensor], ...]]) -> list[dict[str, torch.Tensor]]:
+    """(found, eager, exact) with the tensors of all passes in one: chance favours neither over many."""
+    return [
+        {name: torch.stack([p[name] for p in of_all]) for name in of_all[0]} for of_all in zip(*passes, strict=True)
+    ]
 
 
 def walk_options(combination: dict[str, Any], inputs, num_steps: int) -> dict[str, Any]:
@@ -77,13 +93,16 @@ def loss_and_gradients(
     return {"loss": loss.detach()} | dict(zip(leaves, grads, strict=True))
 
 
-def compare_loss(field, inputs, precision, backend="fused", **options) -> None:
-    """Assert that a pass is as accurate as eager PyTorch's."""
-    found = loss_and_gradients(field, inputs, backend, precision, **options)
-    with products(precision):
-        eager = loss_and_gradients(field, inputs, "reference", precision, **options)
-    exact = loss_and_gradients(in_float64(field), to_float64(inputs), "reference", None, **options)
-    assert_pass_as_accurate(found, eager, exact, precision)
+def compare_loss(field, inputs, precision, backend="fused", draws=1, **options) -> None:
+    """As `compare_walk`."""
+    passes = []
+    for each in _drawn_fields(field, draws):
+        found = loss_and_gradients(each, inputs, backend, precision, **options)
+        with products(precision):
+            eager = loss_and_gradients(each, inputs, "reference", precision, **options)
+        exact = loss_and_gradients(in_float64(each), to_float64(inputs), "reference", None, **options)
+        passes.append((found, eager, exact))
+    assert_pass_as_accurate(*_together(passes), precision)
 
 
 def drawn(batch: int, samples: int, device) -> ff.PhiloxNoise:

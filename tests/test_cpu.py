@@ -32,6 +32,8 @@ from fastflow.kernels import cpu
 
 WALKS, LOSSES = pairwise(WALK_FACTORS), pairwise(LOSS_FACTORS)
 CPU = torch.device("cpu")
+# Native code and eager round in different places, and either may be lucky: errors are compared over some draws.
+DRAWS = 6
 FLOQ = ff.FieldSpec(
     1, 42, (512,) * 4, 2, norm="layer", state_embedding=ff.HLGauss(-101.0, 1.0), time_embedding=ff.Cosine()
 )
@@ -58,7 +60,7 @@ def test_every_field_and_walk(combination):
     spec = spec_of(combination)
     inputs = random_inputs(spec, 10 if combination["samples"] else 30, combination["samples"], CPU)
     options = walk_options(combination, inputs, 2)
-    compare_walk(random_field(spec, CPU), inputs, combination["precision"], "auto", **options)
+    compare_walk(random_field(spec, CPU), inputs, combination["precision"], "auto", DRAWS, **options)
 
 
 @needs_native
@@ -67,7 +69,7 @@ def test_every_field_and_walk(combination):
 def test_every_field_and_loss(combination):
     spec = spec_of(combination)
     inputs, options = loss_options(combination, spec, CPU)
-    compare_loss(random_field(spec, CPU), inputs, combination["precision"], "auto", **options)
+    compare_loss(random_field(spec, CPU), inputs, combination["precision"], "auto", DRAWS, **options)
 
 
 @needs_native

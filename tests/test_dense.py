@@ -39,7 +39,7 @@ def outcome(call, stack, x):
 @needs_native
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    hidden=st.lists(st.integers(2, 70), min_size=1, max_size=4),
+    hidden=st.lists(st.integers(8, 70), min_size=1, max_size=4),
     inputs=st.integers(1, 40),
     outputs=st.integers(1, 40),
     lead=st.lists(st.integers(1, 13), min_size=0, max_size=3),
