@@ -140,7 +140,8 @@ def test_wheel_holds_every_module_and_works(python, tmp_path):
         assert archive.read(top_level).decode().split() == ["fastflow"]
         archive.extractall(tmp_path / "site")
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastflow").rglob("*.py")}
-    expected |= {"fastflow/" + path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").rglob("*.py")}
+    sources = [path for suffix in ("py", "cpp", "h") for path in (ROOT / "kernels").rglob(f"*.{suffix}")]
+    expected |= {"fastflow/" + path.relative_to(ROOT).as_posix() for path in sources}
     assert names == {*expected, "fastflow/py.typed"}
     assert "fastflow/agents/__init__.py" in names
 

@@ -26,8 +26,9 @@ pytestmark = pytest.mark.poison
 @pytest.mark.parametrize("combination", LOSSES, ids=map(name_of, LOSSES))
 def test_every_field_and_loss(combination, device):
     spec = spec_of(combination)
+    field = random_field(spec, device)
     inputs, options = loss_options(combination, spec, device)
-    compare_loss(random_field(spec, device), inputs, combination["precision"], **options)
+    compare_loss(field, inputs, combination["precision"], **options)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import HAS_GPU
 from networks import random_field, random_inputs
-from test_integrate import compare as compare_walk
-from test_matching import compare as compare_loss
+from passes import compare_loss, compare_walk
 
 import fastflow as ff
 

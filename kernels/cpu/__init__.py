@@ -35,7 +35,7 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "elu", "mish", "tanh")
 NORMS = ("none", "after", "before", "film")
 EMBEDDINGS = ("identity", "scaled", "hl_gauss")
 PREDICTIONS = ("velocity", "endpoint", "noise")
-LANES, COLS = 16, 32  # of AVX-512; every narrower machine pads to fewer columns
+COLS = 32  # columns that widths are padded to with AVX-512; narrower machines pad to fewer
 
 
 class Description(NamedTuple):
