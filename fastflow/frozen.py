@@ -65,8 +65,7 @@ class FrozenWalk:
         """x_K, without gradient; arguments, result and errors as for `fastflow.integrate`."""
         # What a control loop asks for needs no look at every option.
         if self._native is not None and step_noise is None and not self._has_members and self._simple(x_0, cond):
-            assert cond is not None
-            return self._native(x_0, cond.unsqueeze(0), None, x_0.shape[0], 1)
+            return self._native(x_0, cond, None, x_0.shape[0], 1)
         if self._native is None:
             field = self._fields if len(self._fields) > 1 else self._fields[0]
             with torch.no_grad():
@@ -80,18 +79,12 @@ class FrozenWalk:
 
     def _simple(self, x_0: Tensor, cond: Tensor | None) -> bool:
         """Whether x_0 is [B, D] and cond [B, C], contiguous and of the field's dtype."""
-        return (
-            type(x_0) is Tensor
-            and type(cond) is Tensor
-            and x_0.dim() == cond.dim() == 2
-            and x_0.shape[0] == cond.shape[0]
-            and x_0.shape[1] == self._spec.state_dim
-            and cond.shape[1] == self._spec.cond_dim
-            and x_0.dtype == cond.dtype == torch.float32
-            and not (x_0.is_cuda or cond.is_cuda)
-            and x_0.is_contiguous()
-            and cond.is_contiguous()
-        )
+        if type(x_0) is not Tensor or type(cond) is not Tensor or x_0.dim() != 2 or cond.dim() != 2:
+            return False
+        (rows, d), (cond_rows, c) = x_0.shape, cond.shape
+        fits = rows == cond_rows and d == self._spec.state_dim and c == self._spec.cond_dim
+        plain = x_0.dtype is cond.dtype is torch.float32 and x_0.is_cpu and cond.is_cpu
+        return fits and plain and x_0.is_contiguous() and cond.is_contiguous()
 
     # The packed weights lie in memory of this process: a copy packs its own.
 

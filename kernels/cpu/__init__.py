@@ -285,14 +285,11 @@ class PackedWalk:
         weakref.finalize(self, library.fastflow_release, handle)
 
     def __call__(self, x_0: Tensor, cond: Tensor, step_noise: Tensor | None, rows: int, samples: int) -> Tensor:
-        """x_K for contiguous x_0 [E, B, S, D] and cond [E or 1, B, C]."""
+        """x_K, shaped as x_0, for contiguous x_0 [E, B, S, D] and cond [E or 1, B, C], or without E and S of 1."""
         x_1 = torch.empty_like(x_0)
+        per_member = cond.dim() == 3 and cond.shape[0] > 1
         noise = None if step_noise is None else step_noise.data_ptr()
-        status = self._walk(
-            self._handle,
-            *(rows, samples, torch.get_num_threads(), cond.shape[0] > 1),
-            *(cond.data_ptr(), x_0.data_ptr(), noise, x_1.data_ptr()),
-        )
-        if status:
+        inputs = (cond.data_ptr(), x_0.data_ptr(), noise, x_1.data_ptr())
+        if self._walk(self._handle, rows, samples, torch.get_num_threads(), per_member, *inputs):
             raise MemoryError("fastflow: no memory for the buffers of a walk")
         return x_1
