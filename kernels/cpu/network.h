@@ -28,7 +28,9 @@ struct Arguments {
   long integer() { return long(*ints++); }
   float real() { return float(*reals++); }
   template <class T>
-  T* pointer() { return static_cast<T*>(*pointers++); }
+  T* pointer() {
+    return static_cast<T*>(*pointers++);
+  }
 };
 
 // A hidden layer of the trunk; `pad` is its padded width.
@@ -44,7 +46,8 @@ struct Net {
 
   explicit Net(Arguments& a) {
     D = a.integer(), C = a.integer(), F = a.integer(), T = a.integer(), L = a.integer();
-    activation = a.integer(), norm = a.integer(), embedding = a.integer(), prediction = a.integer(), film_inputs = a.integer();
+    activation = a.integer(), norm = a.integer(), embedding = a.integer(), prediction = a.integer(),
+    film_inputs = a.integer();
     low = a.real(), high = a.real(), sigma = a.real(), eps = a.real(), scale = a.real();
     pad_out = round_up(D, COLS);
     for (long i = 0; i < L; i++) {
@@ -59,7 +62,7 @@ struct Net {
   bool film() const { return norm == FILM; }
   bool affine() const { return norm == AFTER || norm == BEFORE; }
   long cond() const { return film() ? 0 : C; }  // rows of cond in the first layer's weight
-  long padded_widths() const {  // of all hidden layers
+  long padded_widths() const {                  // of all hidden layers
     long sum = 0;
     for (const Layer& layer : layers) sum += layer.pad;
     return sum;
@@ -141,7 +144,8 @@ struct Packed {
     for (long i = 0; i < net.L; i++) {
       const Layer& layer = net.layers[i];
       Hidden& own = layers[size_t(i)];
-      for (long j = 0; j < layer.inputs; j++) both(own.in[j], own.in_t[j], net.layers[layer.input[j]].width, layer.width);
+      for (long j = 0; j < layer.inputs; j++)
+        both(own.in[j], own.in_t[j], net.layers[layer.input[j]].width, layer.width);
       for (long j = 0; j < 2 && net.film() && !shared; j++) both(own.film[j], own.film_t[j], net.T, layer.width);
       own.bias = a.take(layer.pad), own.scale = a.take(layer.pad), own.shift = a.take(layer.pad);
       own.film_table = net.film() && shared ? a.take(evaluations * 2 * layer.pad) : nullptr;
@@ -156,7 +160,8 @@ struct Packed {
     memset(to + n, 0, size_t(pad - n) * 4);
   }
   // table [N, pad] = bias + features [N, T] @ w [T, width].
-  static void fill(float* table, long ld, const float* bias, const float* w, long ldw, long width, const float* features, long step, long evaluations, long T) {
+  static void fill(float* table, long ld, const float* bias, const float* w, long ldw, long width,
+                   const float* features, long step, long evaluations, long T) {
     for (long n = 0; n < evaluations; n++, table += ld, features += step) {
       if (bias) memcpy(table, bias, size_t(width) * 4);
       else memset(table, 0, size_t(width) * 4);
@@ -171,7 +176,8 @@ struct Packed {
 
   // features [N, T] with row stride `step`, where all rows share their times.
   template <bool BF>
-  void pack_all(const Net& net, const Weights<const float*>& given, const float* features, long step, long evaluations, bool shared, bool back) {
+  void pack_all(const Net& net, const Weights<const float*>& given, const float* features, long step, long evaluations,
+                bool shared, bool back) {
     auto both = [&](uint32_t* w, uint32_t* t, const float* from, long ld, long rows, long columns) {
       pack<BF>(w, from, ld, rows, columns, false);
       if (back) pack<BF>(t, from, ld, columns, rows, true);
@@ -204,8 +210,10 @@ struct Packed {
           both(own.film[j], own.film_t[j], f + j * layer.width, 2 * layer.width, net.T, layer.width);
           continue;
         }
-        for (long n = 0; n < evaluations; n++) memset(own.film_table + (2 * n + j) * layer.pad, 0, size_t(layer.pad) * 4);
-        fill(own.film_table + j * layer.pad, 2 * layer.pad, nullptr, f + j * layer.width, 2 * layer.width, layer.width, features, step, evaluations, net.T);
+        for (long n = 0; n < evaluations; n++)
+          memset(own.film_table + (2 * n + j) * layer.pad, 0, size_t(layer.pad) * 4);
+        fill(own.film_table + j * layer.pad, 2 * layer.pad, nullptr, f + j * layer.width, 2 * layer.width, layer.width,
+             features, step, evaluations, net.T);
       }
     }
     if (net.D > 0) {
@@ -214,7 +222,8 @@ struct Packed {
     }
     if (net.D <= DOTS)
       for (long d = 0; d < net.D; d++)
-        for (long k = 0; k < last.pad; k++) head_rows[d * last.pad + k] = k < last.width ? given.w[size_t(net.L)][k * net.D + d] : 0.0f;
+        for (long k = 0; k < last.pad; k++)
+          head_rows[d * last.pad + k] = k < last.width ? given.w[size_t(net.L)][k * net.D + d] : 0.0f;
     const bool in_table = shared && !net.film();
     for (long n = 0; n < (shared ? evaluations : 1); n++) memset(table + n * first.pad, 0, size_t(first.pad) * 4);
     fill(table, first.pad, given.b[0], w_time, H, H, features, step, shared ? evaluations : 1, in_table ? net.T : 0);
@@ -355,7 +364,8 @@ struct Block {
   void set_cond(const float* from, long first, long samples, bool for_products = true) {
     if (!net.cond()) return;
     for (long r = 0; r < rows; r++) units_of_row(cond + r * ld(net.C), from + (first + r) / samples * net.C, net.C);
-    if (for_products) product<BF>(rows, net.layers[0].width, units<BF>(net.C), cond, ld(net.C), w->cond, base, net.layers[0].pad, {});
+    if (for_products)
+      product<BF>(rows, net.layers[0].width, units<BF>(net.C), cond, ld(net.C), w->cond, base, net.layers[0].pad, {});
   }
   void set_time(const float* from, long step) {
     for (long r = 0; r < rows; r++) units_of_row(time + r * ld(net.T), from + r * step, net.T);
@@ -374,7 +384,8 @@ struct Block {
     for (int i = 0; i < LANES; i++) lane[i] = float(i);
     const float at = std::min(std::max(x, e.from), e.to);
     const Vec index = load(lane);
-    for (long k = 0; k <= net.F; k += LANES) store(c + k, erf_of((net.low + e.width * (index + float(k)) - at) * e.inverse));
+    for (long k = 0; k <= net.F; k += LANES)
+      store(c + k, erf_of((net.low + e.width * (index + float(k)) - at) * e.inverse));
   }
   // x [rows, D] embedded.
   void set_state(const float* x) {
@@ -388,7 +399,8 @@ struct Block {
         for (long k = 0; k < net.F; k += LANES) store(f + k, (load(scratch + k + 1) - load(scratch + k)) * whole);
       } else {
         const float range = net.high - net.low;
-        for (long k = 0; k < net.D; k++) f[k] = net.embedding == SCALED ? (x[r * net.D + k] - net.low) / range : x[r * net.D + k];
+        for (long k = 0; k < net.D; k++)
+          f[k] = net.embedding == SCALED ? (x[r * net.D + k] - net.low) / range : x[r * net.D + k];
       }
       units_of_row(state + r * ld(net.F), f, net.F);
     }
@@ -441,14 +453,16 @@ struct Block {
         Begin from{w->table + (shared ? n * layer.pad : 0), base, layer.pad};
         product<BF>(rows, layer.width, units<BF>(net.F), state, ld(net.F), w->state, to, layer.pad, from);
         if (!shared && !net.film())
-          product<BF>(rows, layer.width, units<BF>(net.T), time, ld(net.T), w->time, to, layer.pad, {nullptr, to, layer.pad});
+          product<BF>(rows, layer.width, units<BF>(net.T), time, ld(net.T), w->time, to, layer.pad,
+                      {nullptr, to, layer.pad});
       }
       for (long j = 0; j < layer.inputs; j++) {
         const long from = layer.input[j];
         Begin begin;
         if (j == 0) begin.row = own.bias;
         else begin.rows = to, begin.ld = layer.pad;
-        product<BF>(rows, layer.width, units<BF>(net.layers[from].width), op[size_t(from)], ld_out(from), own.in[j], to, layer.pad, begin);
+        product<BF>(rows, layer.width, units<BF>(net.layers[from].width), op[size_t(from)], ld_out(from), own.in[j], to,
+                    layer.pad, begin);
       }
       finish_layer(i, n, film_rows, film_step, first, samples);
     }
@@ -473,7 +487,8 @@ struct Block {
     }
     for (long j = 0; j < 2 && !shared; j++) {
       float* to = film[size_t(i)] + j * layer.pad;
-      product<BF>(rows, layer.width, units<BF>(net.T), time, ld(net.T), own.film[j], to, 2 * layer.pad, {nullptr, to, 2 * layer.pad});
+      product<BF>(rows, layer.width, units<BF>(net.T), time, ld(net.T), own.film[j], to, 2 * layer.pad,
+                  {nullptr, to, 2 * layer.pad});
     }
   }
 
@@ -481,7 +496,8 @@ struct Block {
     const long last = net.L - 1;
     const Layer& layer = net.layers[last];
     if (net.D > DOTS) {
-      product<BF>(rows, net.D, units<BF>(layer.width), op[size_t(last)], ld_out(last), w->head, head, net.pad_out, {w->head_bias});
+      product<BF>(rows, net.D, units<BF>(layer.width), op[size_t(last)], ld_out(last), w->head, head, net.pad_out,
+                  {w->head_bias});
       return;
     }
     for (long r = 0; r < rows; r++)
@@ -494,8 +510,12 @@ struct Block {
   }
 
   template <int A>
-  static void activate_layer(Block& b, long i) { b.activate_rows<A>(i); }
-  static constexpr void (*ACTIVATE[])(Block&, long) = {activate_layer<GELU_TANH>, activate_layer<GELU>, activate_layer<SILU>, activate_layer<RELU>, activate_layer<ELU>, activate_layer<MISH>, activate_layer<TANH>};
+  static void activate_layer(Block& b, long i) {
+    b.activate_rows<A>(i);
+  }
+  static constexpr void (*ACTIVATE[])(Block&, long) = {
+      activate_layer<GELU_TANH>, activate_layer<GELU>, activate_layer<SILU>, activate_layer<RELU>,
+      activate_layer<ELU>,       activate_layer<MISH>, activate_layer<TANH>};
 
   // Mean and 1 / standard deviation of some rows; several at a time, because a row's own sums wait for one another.
   struct Moments {
@@ -566,7 +586,8 @@ struct Block {
         m.mean[r] = total(sum);
       }
       finish_moments(m, net.norm == AFTER ? to : x, pad, width, n);
-      for (long r = 0; r < n && keep; r++) stats[size_t(i)][2 * (r0 + r)] = m.mean[r], stats[size_t(i)][2 * (r0 + r) + 1] = m.inverse[r];
+      for (long r = 0; r < n && keep; r++)
+        stats[size_t(i)][2 * (r0 + r)] = m.mean[r], stats[size_t(i)][2 * (r0 + r) + 1] = m.inverse[r];
       for (long r = 0; r < n; r++) {
         const Row at = row(r);
         const float mean = m.mean[r], inverse = m.inverse[r], *scale = own.scale, *shift = own.shift;
@@ -609,7 +630,8 @@ struct Block {
       if (layer.add >= 0) {
         float* to = d[size_t(layer.add)];
         const bool there = reached[size_t(layer.add)];
-        for (long k = 0; k < rows * layer.pad; k += LANES) store(to + k, there ? load(to + k) + load(dy + k) : load(dy + k));
+        for (long k = 0; k < rows * layer.pad; k += LANES)
+          store(to + k, there ? load(to + k) + load(dy + k) : load(dy + k));
         reached[size_t(layer.add)] = true;
       }
       SLOPE[net.activation](*this, i, n, with_weights);
@@ -631,12 +653,14 @@ struct Block {
           const Layer& source = net.layers[from];
           if (with_weights) {
             const uint32_t* a = pairs_of_units(op[size_t(from)], ld_out(from), source.width);
-            outer<BF>(units<BF>(rows), source.width, layer.width, a, BF ? source.pad : ld_out(from), dy_pairs, layer.pad, to, layer.width);
+            outer<BF>(units<BF>(rows), source.width, layer.width, a, BF ? source.pad : ld_out(from), dy_pairs,
+                      layer.pad, to, layer.width);
             to += source.width * layer.width;
           }
           Begin begin;
           if (reached[size_t(from)]) begin.rows = d[size_t(from)], begin.ld = source.pad;
-          product<BF>(rows, source.width, ku, row_units, ld(layer.width), own.in_t[j], d[size_t(from)], source.pad, begin);
+          product<BF>(rows, source.width, ku, row_units, ld(layer.width), own.in_t[j], d[size_t(from)], source.pad,
+                      begin);
           reached[size_t(from)] = true;
         }
         continue;
@@ -644,13 +668,16 @@ struct Block {
       if (with_weights) {
         float* to = grads->w[0] + net.cond() * layer.width;
         const uint32_t* a = pairs_of_units(state, ld(net.F), net.F);
-        outer<BF>(units<BF>(rows), net.F, layer.width, a, BF ? round_up(net.F, COLS) : ld(net.F), dy_pairs, layer.pad, to, layer.width);
+        outer<BF>(units<BF>(rows), net.F, layer.width, a, BF ? round_up(net.F, COLS) : ld(net.F), dy_pairs, layer.pad,
+                  to, layer.width);
         if (!shared && !net.film()) {
           a = pairs_of_units(time, ld(net.T), net.T);
-          outer<BF>(units<BF>(rows), net.T, layer.width, a, BF ? round_up(net.T, COLS) : ld(net.T), dy_pairs, layer.pad, to + net.F * layer.width, layer.width);
+          outer<BF>(units<BF>(rows), net.T, layer.width, a, BF ? round_up(net.T, COLS) : ld(net.T), dy_pairs, layer.pad,
+                    to + net.F * layer.width, layer.width);
         }
       }
-      if (with_state) product<BF>(rows, net.F, ku, row_units, ld(layer.width), w->state_t, d_features, round_up(net.F, COLS), {});
+      if (with_state)
+        product<BF>(rows, net.F, ku, row_units, ld(layer.width), w->state_t, d_features, round_up(net.F, COLS), {});
       if (with_time && !shared && !net.film()) time_gradient(w->time_t, layer.width, false);
       if (net.cond())
         for (long k = 0; k < rows * layer.pad; k += LANES) store(d_base + k, load(d_base + k) + load(dy + k));
@@ -670,7 +697,8 @@ struct Block {
     if (with_weights) {
       const uint32_t* dy = pairs_of(pair_d, d_base, layer.pad, layer.pad);
       const uint32_t* a = pairs_of_units(cond, ld(net.C), net.C);
-      outer<BF>(units<BF>(rows), net.C, layer.width, a, BF ? round_up(net.C, COLS) : ld(net.C), dy, layer.pad, grads->w[0], layer.width);
+      outer<BF>(units<BF>(rows), net.C, layer.width, a, BF ? round_up(net.C, COLS) : ld(net.C), dy, layer.pad,
+                grads->w[0], layer.width);
     }
     if (!d_cond) return;
     units_of_rows(row_units, ld(layer.width), d_base, layer.pad, layer.width);
@@ -691,7 +719,8 @@ struct Block {
     const uint32_t* a = pairs_of_units(time, ld(net.T), net.T);
     for (long j = 0; j < 2; j++) {
       const uint32_t* dy = pairs_of(pair_d, film[size_t(i)] + j * layer.pad, 2 * layer.pad, layer.pad);
-      outer<BF>(units<BF>(rows), net.T, layer.width, a, BF ? round_up(net.T, COLS) : ld(net.T), dy, BF ? layer.pad : 2 * layer.pad, grads->film[size_t(i)] + j * layer.width, 2 * layer.width);
+      outer<BF>(units<BF>(rows), net.T, layer.width, a, BF ? round_up(net.T, COLS) : ld(net.T), dy,
+                BF ? layer.pad : 2 * layer.pad, grads->film[size_t(i)] + j * layer.width, 2 * layer.width);
     }
   }
 
@@ -705,7 +734,8 @@ struct Block {
     }
     if (net.D > DOTS) {
       const uint32_t* a = pairs_of_units(op[size_t(last)], ld_out(last), top.width);
-      outer<BF>(units<BF>(rows), top.width, net.D, a, BF ? top.pad : ld_out(last), pairs_of(pair_d, d_head, net.pad_out, net.pad_out), net.pad_out, grads->w[size_t(net.L)], net.D);
+      outer<BF>(units<BF>(rows), top.width, net.D, a, BF ? top.pad : ld_out(last),
+                pairs_of(pair_d, d_head, net.pad_out, net.pad_out), net.pad_out, grads->w[size_t(net.L)], net.D);
       return;
     }
     for (long k = 0; k < net.D; k++)
@@ -722,7 +752,8 @@ struct Block {
     if (!BF) return reinterpret_cast<const uint32_t*>(from);
     for (long r = 0; r < rows; r += 2)
       for (long k = 0; k < wide; k += LANES)
-        pairs(to + r / 2 * wide + k, load(from + r * ld_from + k), r + 1 < rows ? load(from + (r + 1) * ld_from + k) : Vec{});
+        pairs(to + r / 2 * wide + k, load(from + r * ld_from + k),
+              r + 1 < rows ? load(from + (r + 1) * ld_from + k) : Vec{});
     return to;
   }
   // The same of an operand's rows; pairs have a row stride of the width padded to COLS.
@@ -732,7 +763,10 @@ struct Block {
 #if defined(__AVX512BF16__)
     for (long r = 0; r < rows; r += 2)
       for (long k = 0; k < round_up(width, LANES); k += LANES) {
-        auto row = [&](long at) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const uint16_t*>(from + at * ld_from) + k))); };
+        auto row = [&](long at) {
+          return _mm512_cvtepu16_epi32(_mm256_loadu_si256(
+              reinterpret_cast<const __m256i*>(reinterpret_cast<const uint16_t*>(from + at * ld_from) + k)));
+        };
         __m512i odd = r + 1 < rows ? _mm512_slli_epi32(row(r + 1), 16) : _mm512_setzero_si512();
         _mm512_storeu_si512(pair_a + r / 2 * pad + k, _mm512_or_si512(row(r), odd));
       }
@@ -741,8 +775,12 @@ struct Block {
   }
 
   template <int A>
-  static void slope_layer(Block& b, long i, long n, bool with_weights) { b.slope_rows<A>(i, n, with_weights); }
-  static constexpr void (*SLOPE[])(Block&, long, long, bool) = {slope_layer<GELU_TANH>, slope_layer<GELU>, slope_layer<SILU>, slope_layer<RELU>, slope_layer<ELU>, slope_layer<MISH>, slope_layer<TANH>};
+  static void slope_layer(Block& b, long i, long n, bool with_weights) {
+    b.slope_rows<A>(i, n, with_weights);
+  }
+  static constexpr void (*SLOPE[])(Block&, long, long, bool) = {
+      slope_layer<GELU_TANH>, slope_layer<GELU>, slope_layer<SILU>, slope_layer<RELU>,
+      slope_layer<ELU>,       slope_layer<MISH>, slope_layer<TANH>};
 
   // d[i], the gradient of layer i's output, becomes that of its product; sums over rows grow.
   template <int A>
@@ -788,7 +826,8 @@ struct Block {
             store(slopes + r * most + k, s);
           } else {
             hat = (load(x + r * pad + k) - mean) * inverse;
-            Vec z = f ? hat * (1.0f + load(f + k)) + load(f + pad + k) : hat * load(own.scale + k) + load(own.shift + k);
+            Vec z =
+                f ? hat * (1.0f + load(f + k)) + load(f + pad + k) : hat * load(own.scale + k) + load(own.shift + k);
             activate<A, true, BF>(z, s);
             v *= s;
             if (f) {
@@ -808,7 +847,8 @@ struct Block {
         a[r] = total(sum), b[r] = total(along);
       }
       for (long r = 0; r < count; r++) {
-        const float inverse = stats[size_t(i)][2 * (r0 + r) + 1], mean_g = a[r] / float(width), mean_gh = b[r] / float(width);
+        const float inverse = stats[size_t(i)][2 * (r0 + r) + 1], mean_g = a[r] / float(width),
+                    mean_gh = b[r] / float(width);
         for (long k = 0; k < wide; k += LANES) {
           Vec v = (load(g + r * pad + k) - mean_g - load(hats + r * most + k) * mean_gh) * inverse;
           if (net.norm == AFTER) v *= load(slopes + r * most + k);

@@ -18,11 +18,11 @@
 
 namespace {
 
-constexpr long BLOCK = 96;      // rows of a task going forward, and of a step of a chunk on the way back
-constexpr long BLOCK_FILM = 48;   // where every row carries a scale and a shift for each layer
-constexpr long CHUNK = 512;       // fewest rows of a chunk of weight gradients
-constexpr long CHUNKS = 8;        // most chunks of a member: each needs room for all its gradients
-constexpr double WORTH = 4e6;     // multiplications that are worth waking a thread for
+constexpr long BLOCK = 96;                  // rows of a task going forward, and of a step of a chunk on the way back
+constexpr long BLOCK_FILM = 48;             // where every row carries a scale and a shift for each layer
+constexpr long CHUNK = 512;                 // fewest rows of a chunk of weight gradients
+constexpr long CHUNKS = 8;                  // most chunks of a member: each needs room for all its gradients
+constexpr double WORTH = 4e6;               // multiplications that are worth waking a thread for
 constexpr size_t KEEP = size_t(256) << 20;  // bytes a thread holds on to between calls
 
 // Ask for huge pages before memory is first touched: the system takes a microsecond or two for each page, which is as
@@ -30,7 +30,8 @@ constexpr size_t KEEP = size_t(256) << 20;  // bytes a thread holds on to betwee
 void expect_large(void* memory, size_t size) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t huge = size_t(2) << 20;
-  const size_t from = (reinterpret_cast<size_t>(memory) + huge - 1) / huge * huge, to = (reinterpret_cast<size_t>(memory) + size) / huge * huge;
+  const size_t from = (reinterpret_cast<size_t>(memory) + huge - 1) / huge * huge,
+               to = (reinterpret_cast<size_t>(memory) + size) / huge * huge;
   if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 #else
   (void)memory, (void)size;
@@ -66,8 +67,10 @@ void for_all(long tasks, long threads, Do what) {
 template <class P>
 Weights<P> member_weights(Arguments& a, const Net& net) {
   Weights<P> w;
-  for (long i = 0; i < net.L + (net.D > 0); i++) w.w.push_back(P(a.pointer<void>())), w.b.push_back(P(a.pointer<void>()));
-  for (long i = 0; i < net.L && net.affine(); i++) w.scale.push_back(P(a.pointer<void>())), w.shift.push_back(P(a.pointer<void>()));
+  for (long i = 0; i < net.L + (net.D > 0); i++)
+    w.w.push_back(P(a.pointer<void>())), w.b.push_back(P(a.pointer<void>()));
+  for (long i = 0; i < net.L && net.affine(); i++)
+    w.scale.push_back(P(a.pointer<void>())), w.shift.push_back(P(a.pointer<void>()));
   for (long i = 0; i < net.L && net.film(); i++) w.film.push_back(P(a.pointer<void>()));
   return w;
 }
@@ -79,7 +82,8 @@ struct Sizes {
     for (long i = 0; i < net.L + (net.D > 0); i++) {
       long rows = i == 0 ? net.cond() + net.F + (net.film() ? 0 : net.T) : i == net.L ? net.layers[net.L - 1].width : 0;
       const long columns = i == net.L ? net.D : net.layers[i].width;
-      for (long j = 0; i > 0 && i < net.L && j < net.layers[i].inputs; j++) rows += net.layers[net.layers[i].input[j]].width;
+      for (long j = 0; i > 0 && i < net.L && j < net.layers[i].inputs; j++)
+        rows += net.layers[net.layers[i].input[j]].width;
       w.push_back(rows * columns), b.push_back(columns);
     }
   }
@@ -114,7 +118,8 @@ struct Call {
   std::vector<Weights<const float*>> given;
 
   explicit Call(Arguments& a) : net(a), sizes(net) {
-    fields = a.integer(), per_field = a.integer(), B = a.integer(), S = a.integer(), N = a.integer(), threads = a.integer();
+    fields = a.integer(), per_field = a.integer(), B = a.integer(), S = a.integer(), N = a.integer(),
+    threads = a.integer();
     shared = a.integer() != 0;
     cond_e = a.integer(), features_n = a.integer(), features_e = a.integer(), features_m = a.integer();
     film_e = a.integer(), film_b = a.integer();
@@ -145,7 +150,8 @@ std::vector<Packed> pack_weights(const Call& c, bool back, Workspace& memory = p
     for (Packed& p : packed) p.lay<BF>(a, c.net, c.N, c.shared, back);
   });
   for_all(c.E, c.threads, [&](long e) {
-    packed[size_t(e)].pack_all<BF>(c.net, c.given[size_t(e)], c.features + e * c.features_e, c.features_n, c.N, c.shared, back);
+    packed[size_t(e)].pack_all<BF>(c.net, c.given[size_t(e)], c.features + e * c.features_e, c.features_n, c.N,
+                                   c.shared, back);
   });
   return packed;
 }
@@ -248,7 +254,8 @@ struct Frozen {
   Workspace memory;
   std::vector<Packed> packed;
   explicit Frozen(Arguments& g) : walk(g), packed(pack_weights<PAIRS>(walk, false, memory)) { walk.given.clear(); }
-  void run(long rows, long samples, long threads, bool cond_per_member, const float* cond, const float* x_0, const float* noise, float* x_1) const {
+  void run(long rows, long samples, long threads, bool cond_per_member, const float* cond, const float* x_0,
+           const float* noise, float* x_1) const {
     Walk w = walk;
     w.B = rows, w.S = samples, w.threads = threads, w.cond_e = cond_per_member ? rows * w.net.C : 0;
     w.cond = cond, w.x_0 = x_0, w.noise = noise;
@@ -270,10 +277,10 @@ void add_scaled(float* to, float factor, const float* from, long n) {
 template <bool BF>
 struct Chunks {
   const Call& c;
-  bool with_weights, with_features;  // with_features: of time features that all rows share
-  long chunks, rows;                 // of a member; of a chunk
-  std::vector<Weights<float*>> out;  // of all members
-  float* d_features;                 // [E, N, T]
+  bool with_weights, with_features;    // with_features: of time features that all rows share
+  long chunks, rows;                   // of a member; of a chunk
+  std::vector<Weights<float*>> out;    // of all members
+  float* d_features;                   // [E, N, T]
   std::vector<Weights<float*>> grads;  // [chunks, E]; the first chunk's are the results themselves
   std::vector<float*> features;
   std::vector<Sums> sums;
@@ -301,8 +308,10 @@ struct Chunks {
           continue;
         }
         to = Weights<float*>();
-        for (size_t l = 0; l < c.sizes.w.size(); l++) to.w.push_back(a.take(c.sizes.w[l])), to.b.push_back(a.take(c.sizes.b[l]));
-        for (long l = 0; l < net.L && net.affine(); l++) to.scale.push_back(a.take(net.layers[l].width)), to.shift.push_back(a.take(net.layers[l].width));
+        for (size_t l = 0; l < c.sizes.w.size(); l++)
+          to.w.push_back(a.take(c.sizes.w[l])), to.b.push_back(a.take(c.sizes.b[l]));
+        for (long l = 0; l < net.L && net.affine(); l++)
+          to.scale.push_back(a.take(net.layers[l].width)), to.shift.push_back(a.take(net.layers[l].width));
         for (long l = 0; l < net.L && net.film(); l++) to.film.push_back(a.take(net.T * 2 * net.layers[l].width));
       }
     });
@@ -312,7 +321,8 @@ struct Chunks {
   template <class Do>
   void each(const Weights<float*>& g, Do what) const {
     for (size_t l = 0; l < g.w.size(); l++) what(g.w[l], c.sizes.w[l]), what(g.b[l], c.sizes.b[l]);
-    for (size_t l = 0; l < g.scale.size(); l++) what(g.scale[l], c.net.layers[l].width), what(g.shift[l], c.net.layers[l].width);
+    for (size_t l = 0; l < g.scale.size(); l++)
+      what(g.scale[l], c.net.layers[l].width), what(g.shift[l], c.net.layers[l].width);
     for (size_t l = 0; l < g.film.size(); l++) what(g.film[l], c.net.T * 2 * c.net.layers[l].width);
   }
 
@@ -352,7 +362,8 @@ struct Chunks {
       if (net.affine()) add(g->scale[at], s.scale[at], layer.width), add(g->shift[at], s.shift[at], layer.width);
       if (net.film() && c.shared)
         for (long j = 0; j < 2; j++)
-          time_rows(s.film[at] + j * layer.pad, 2 * layer.pad, layer.width, given.film[at] + j * layer.width, g->film[at] + j * layer.width, 2 * layer.width);
+          time_rows(s.film[at] + j * layer.pad, 2 * layer.pad, layer.width, given.film[at] + j * layer.width,
+                    g->film[at] + j * layer.width, 2 * layer.width);
     }
     const Layer &first = net.layers[0], &last = net.layers[net.L - 1];
     if (c.shared) {
@@ -373,9 +384,9 @@ struct Chunks {
           std::vector<std::pair<float*, long>> to, from;
           each(grads[size_t(e)], [&](float* p, long n) { to.push_back({p, n}); });
           each(grads[size_t(i)], [&](float* p, long n) { from.push_back({p, n}); });
-          if (with_features) to.push_back({features[size_t(e)], c.N * c.net.T}), from.push_back({features[size_t(i)], c.N * c.net.T});
-          for (size_t t = 0; t < to.size(); t++)
-            add_scaled(to[t].first, 1.0f, from[t].first, to[t].second);
+          if (with_features)
+            to.push_back({features[size_t(e)], c.N * c.net.T}), from.push_back({features[size_t(i)], c.N * c.net.T});
+          for (size_t t = 0; t < to.size(); t++) add_scaled(to[t].first, 1.0f, from[t].first, to[t].second);
         }
       });
     }
@@ -386,7 +397,9 @@ struct Chunks {
 // Rows' own gradients that the network's way back leaves in a block, to where the caller wants them.
 struct RowGradients {
   float *cond, *film, *features;  // [E, M, C], [E, M, film width], [E, N, M, T]; null where not wanted
-  explicit RowGradients(Arguments& g) { cond = g.pointer<float>(), film = g.pointer<float>(), features = g.pointer<float>(); }
+  explicit RowGradients(Arguments& g) {
+    cond = g.pointer<float>(), film = g.pointer<float>(), features = g.pointer<float>();
+  }
 
   template <bool BF>
   void take(const Call& c, const Block<BF>& b, long e, long first, long n, bool more) const {
@@ -397,10 +410,12 @@ struct RowGradients {
         const Layer& layer = net.layers[i];
         float* to = film + (row + r) * net.film_width + layer.film;
         const float* from = b.film[size_t(i)] + r * 2 * layer.pad;
-        for (long k = 0; k < 2 * layer.pad; k += LANES) store(to + k, more ? load(to + k) + load(from + k) : load(from + k));
+        for (long k = 0; k < 2 * layer.pad; k += LANES)
+          store(to + k, more ? load(to + k) + load(from + k) : load(from + k));
       }
     for (long r = 0; features && !c.shared && r < b.rows; r++)
-      memcpy(features + ((e * c.N + n) * c.M + first + r) * net.T, b.d_time + r * round_up(net.T, COLS), size_t(net.T) * 4);
+      memcpy(features + ((e * c.N + n) * c.M + first + r) * net.T, b.d_time + r * round_up(net.T, COLS),
+             size_t(net.T) * 4);
   }
 };
 
@@ -408,7 +423,8 @@ template <bool BF>
 void walk_bwd(Arguments& g) {
   const Walk w(g);
   const bool with_weights = g.integer() != 0;
-  const float *grad = g.pointer<float>(), *grad_path = g.pointer<float>(), *path = g.pointer<float>(), *stages = g.pointer<float>();
+  const float *grad = g.pointer<float>(), *grad_path = g.pointer<float>(), *path = g.pointer<float>(),
+              *stages = g.pointer<float>();
   float *d_x_0 = g.pointer<float>(), *d_noise = g.pointer<float>();
   const RowGradients of_rows(g);
   Chunks<BF> chunks(w, g, with_weights);
@@ -456,7 +472,8 @@ void walk_bwd(Arguments& g) {
         if (w.stages == 2) {
           for (long i = 0; i < size; i++) d_v[i] = w.b_2 * w.width(row + i / D) * d_x[i], d_at[i] = 0.0f;
           back(stages + k * count + row * D, k, true, d_at);
-          for (long i = 0; i < size; i++) d_v[i] = w.width(row + i / D) * (w.b_1 * d_x[i] + w.a * d_at[i]), d_x[i] += d_at[i];
+          for (long i = 0; i < size; i++)
+            d_v[i] = w.width(row + i / D) * (w.b_1 * d_x[i] + w.a * d_at[i]), d_x[i] += d_at[i];
         } else {
           for (long i = 0; i < size; i++) d_v[i] = w.width(row + i / D) * d_x[i];
         }
@@ -509,7 +526,8 @@ void errors(const Loss& w, Block<BF>& b, long e, long first, const float* x, flo
     const Velocity how(w.net, w.t[row + r]);
     for (long j = 0; j < D; j++) {
       const long i = (row + r) * D + j;
-      error[r * D + j] = how.of(b.head[r * w.net.pad_out + j], x[r * D + j]) - (w.interpolate ? w.b[i] - w.keep * w.a[i] : w.b[i]);
+      error[r * D + j] =
+          how.of(b.head[r * w.net.pad_out + j], x[r * D + j]) - (w.interpolate ? w.b[i] - w.keep * w.a[i] : w.b[i]);
     }
   }
 }
@@ -574,7 +592,8 @@ void loss_bwd(Arguments& g) {
       if (kept) {
         b.place(kept, w.E * w.M, row);
         memcpy(error, kept_error + row * D, size_t(b.rows * D) * 4);
-        for (long i = 0; i < w.net.L; i++) b.finish_layer(i, 0, w.net.film() ? w.film_of(e) : nullptr, w.film_b, first, w.S);
+        for (long i = 0; i < w.net.L; i++)
+          b.finish_layer(i, 0, w.net.film() ? w.film_of(e) : nullptr, w.film_b, first, w.S);
       } else {
         errors(w, b, e, first, x, error);
       }
@@ -713,8 +732,11 @@ void* fastflow_freeze(const int64_t* i, const double* r, void* const* p) {
   });
   return frozen;
 }
-int fastflow_walk_frozen(const void* frozen, int64_t rows, int64_t samples, int64_t threads, int64_t cond_per_member, const float* cond, const float* x_0, const float* noise, float* x_1) {
-  return guarded([&] { static_cast<const Frozen*>(frozen)->run(rows, samples, threads, cond_per_member != 0, cond, x_0, noise, x_1); });
+int fastflow_walk_frozen(const void* frozen, int64_t rows, int64_t samples, int64_t threads, int64_t cond_per_member,
+                         const float* cond, const float* x_0, const float* noise, float* x_1) {
+  return guarded([&] {
+    static_cast<const Frozen*>(frozen)->run(rows, samples, threads, cond_per_member != 0, cond, x_0, noise, x_1);
+  });
 }
 void fastflow_release(void* frozen) { delete static_cast<Frozen*>(frozen); }
 // Width of vectors in floats, whether bfloat16 products are there, whether threads are.

@@ -5,12 +5,15 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vector.h"
 
 INLINE long round_up(long n, long to) { return (n + to - 1) / to * to; }
 template <bool BF>
-INLINE long units(long n) { return BF ? (n + 1) / 2 : n; }
+INLINE long units(long n) {
+  return BF ? (n + 1) / 2 : n;
+}
 
 // One unit of a column: the floats at `at` and one step along the summed axis.
 template <bool BF>
@@ -62,7 +65,9 @@ void pack(uint32_t* to, const float* w, long ld, long summed, long columns, bool
   }
 }
 template <bool BF>
-INLINE long packed_size(long summed, long columns) { return round_up(columns, COLS) * units<BF>(summed); }
+INLINE long packed_size(long summed, long columns) {
+  return round_up(columns, COLS) * units<BF>(summed);
+}
 
 // Where a product's sums begin: at 0, at a row of `row` (shared by all rows), at rows of `rows`, or at their sum.
 struct Begin {
@@ -72,7 +77,8 @@ struct Begin {
 };
 
 template <bool BF, int M>
-INLINE void tile(long ku, const uint32_t* a, long along_rows, long along_sum, const uint32_t* b, long ldb, Vec (&c)[M][2]) {
+INLINE void tile(long ku, const uint32_t* a, long along_rows, long along_sum, const uint32_t* b, long ldb,
+                 Vec (&c)[M][2]) {
   for (long u = 0; u < ku; u++, a += along_sum, b += ldb) {
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
@@ -101,7 +107,8 @@ void forward_tile(long ku, const uint32_t* a, long lda, const uint32_t* w, float
 
 // c [rows, columns] = begin + a [rows, summed] @ packed. Rows of c, of a begin and of packed panels are padded to COLS.
 template <bool BF>
-void product(long rows, long columns, long ku, const uint32_t* a, long lda, const uint32_t* packed, float* c, long ldc, Begin from) {
+void product(long rows, long columns, long ku, const uint32_t* a, long lda, const uint32_t* packed, float* c, long ldc,
+             Begin from) {
   for (long n0 = 0; n0 < columns; n0 += COLS, packed += ku * COLS) {
     long r = 0;
     auto run = [&](auto tile_rows) {
@@ -137,7 +144,8 @@ void outer_tile(long ru, const uint32_t* a, long lda, const uint32_t* d, long ld
 
 // w [inputs, columns] += a^T d, summed over `ru` units of rows; a [ru, inputs] and d [ru, columns] hold units.
 template <bool BF>
-void outer(long ru, long inputs, long columns, const uint32_t* a, long lda, const uint32_t* d, long ldd, float* w, long ldw) {
+void outer(long ru, long inputs, long columns, const uint32_t* a, long lda, const uint32_t* d, long ldd, float* w,
+           long ldw) {
   for (long n0 = 0; n0 < columns; n0 += COLS) {
     long k = 0;
     auto run = [&](auto tile_rows) {

@@ -59,7 +59,9 @@ INLINE Vec larger(Vec a, Vec b) {
 #endif
 }
 INLINE Vec magnitude(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<Int>(x) & 0x7fffffff); }
-INLINE Vec with_sign(Vec x, Vec sign) { return reinterpret_cast<Vec>(reinterpret_cast<Int>(x) | (reinterpret_cast<Int>(sign) & int32_t(0x80000000))); }
+INLINE Vec with_sign(Vec x, Vec sign) {
+  return reinterpret_cast<Vec>(reinterpret_cast<Int>(x) | (reinterpret_cast<Int>(sign) & int32_t(0x80000000)));
+}
 
 // The sum of all lanes: halves are added until one lane is left.
 INLINE float total(Vec x) {
@@ -90,7 +92,10 @@ INLINE Reduced reduce(Vec x) {
 }
 // (e^r - 1 - r) / r^2 (Cephes).
 INLINE Vec exp_tail(Vec r) {
-  return ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
+  return ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+          1.6666665459e-1f) *
+             r +
+         5.0000001201e-1f;
 }
 // x 2^n.
 INLINE Vec scale(Vec x, Vec n) {
@@ -119,7 +124,8 @@ INLINE Vec rough_sigmoid(Vec x) {
   __m512 p = reinterpret_cast<__m512>(larger(smaller(x * -1.44269504088896341f, all(126.0f)), all(-126.0f)));
   __m512 n = _mm512_roundscale_ps(p, 8);
   Vec f = reinterpret_cast<Vec>(p) - reinterpret_cast<Vec>(n);
-  Vec e = scale((((0.0096181291f * f + 0.0555041087f) * f + 0.2402265070f) * f + 0.6931471806f) * f + 1.0f, reinterpret_cast<Vec>(n));
+  Vec e = scale((((0.0096181291f * f + 0.0555041087f) * f + 0.2402265070f) * f + 0.6931471806f) * f + 1.0f,
+                reinterpret_cast<Vec>(n));
   return reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(1.0f + e)));
 #else
   return sigmoid(x);
@@ -133,9 +139,24 @@ INLINE Vec tanh_of(Vec x) {
 // Minimax fits: of erf(x) / x in x^2 up to 1, of -log(1 - erf x) above. Absolute error 1.3e-7.
 INLINE Vec erf_of(Vec x) {
   Vec m = magnitude(x), s = m * m;
-  Vec low = ((((((7.889117719e-05f * s - 8.020840738e-04f) * s + 5.189535279e-03f) * s - 2.685444456e-02f) * s + 1.128360018e-01f) * s - 3.761262714e-01f) * s + 1.128379166e+00f) * m;
+  Vec low = ((((((7.889117719e-05f * s - 8.020840738e-04f) * s + 5.189535279e-03f) * s - 2.685444456e-02f) * s +
+               1.128360018e-01f) *
+                  s -
+              3.761262714e-01f) *
+                 s +
+             1.128379166e+00f) *
+            m;
   Vec c = smaller(m, all(4.1f));
-  Vec p = (((((((1.697323533e-07f * c + 1.926292428e-05f) * c - 4.265065312e-04f) * c + 4.153779927e-03f) * c - 2.510176910e-02f) * c + 1.082784948e-01f) * c + 6.333328399e-01f) * c + 1.129527363e+00f) * c - 1.781247777e-04f;
+  Vec p = (((((((1.697323533e-07f * c + 1.926292428e-05f) * c - 4.265065312e-04f) * c + 4.153779927e-03f) * c -
+              2.510176910e-02f) *
+                 c +
+             1.082784948e-01f) *
+                c +
+            6.333328399e-01f) *
+               c +
+           1.129527363e+00f) *
+              c -
+          1.781247777e-04f;
   Vec high = 1.0f - exp_of(-p);
   return with_sign(pick(m < 1.0f, low, high), x);
 }
@@ -226,8 +247,8 @@ INLINE Vec fma_unit(Vec sum, const uint32_t* a, const uint32_t* b) {
   }
 #if defined(__AVX512BF16__)
   return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
-                                               reinterpret_cast<__m512bh>(_mm512_set1_epi32(int(*a))),
-                                               reinterpret_cast<__m512bh>(_mm512_loadu_si512(b))));
+                                                reinterpret_cast<__m512bh>(_mm512_set1_epi32(int(*a))),
+                                                reinterpret_cast<__m512bh>(_mm512_loadu_si512(b))));
 #else
   return sum;
 #endif
