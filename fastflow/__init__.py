@@ -24,8 +24,15 @@ if TYPE_CHECKING:
         Sinusoidal,
         VelocityField,
     )
-    from fastflow.frozen import FrozenFlowCritic, FrozenFlowPolicy, FrozenWalk
-    from fastflow.modules import FlowCritic, FlowPolicy, OneStepPolicy, ValueNetwork
+    from fastflow.frozen import FrozenWalk
+    from fastflow.modules import (
+        FlowCritic,
+        FlowPolicy,
+        FrozenFlowCritic,
+        FrozenFlowPolicy,
+        OneStepPolicy,
+        ValueNetwork,
+    )
     from fastflow.ops import flow_matching_loss, integrate, velocity_matching_loss
     from fastflow.philox import PhiloxNoise
 
@@ -73,8 +80,8 @@ _MODULES = {
         "Sinusoidal",
         "VelocityField",
     ],
-    "frozen": ["FrozenFlowCritic", "FrozenFlowPolicy", "FrozenWalk"],
-    "modules": ["FlowCritic", "FlowPolicy", "OneStepPolicy", "ValueNetwork"],
+    "frozen": ["FrozenWalk"],
+    "modules": ["FlowCritic", "FlowPolicy", "FrozenFlowCritic", "FrozenFlowPolicy", "OneStepPolicy", "ValueNetwork"],
     "ops": ["flow_matching_loss", "integrate", "velocity_matching_loss"],
     "philox": ["PhiloxNoise"],
 }

@@ -1,4 +1,4 @@
-"""Walks and networks with the weights as they were when they were frozen: for acting, where the same weights serve
+"""Walks with the weights as they were when they were frozen: for acting, where the same weights serve
 thousands of calls.
 
 A frozen copy owns its weights: later updates of what it was made from do not reach it. It gives no gradients. On the
@@ -7,9 +7,8 @@ CPU its weights are packed once, and a call of one row costs a few microseconds.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,7 @@ from fastflow import cpu, ops
 from fastflow.fields import VelocityField
 from fastflow.kernels.cpu import PackedWalk
 
-if TYPE_CHECKING:
-    from fastflow.modules import FlowCritic, FlowPolicy
-
-__all__ = ["FrozenFlowCritic", "FrozenFlowPolicy", "FrozenWalk"]
+__all__ = ["FrozenWalk"]
 
 
 class FrozenWalk:
@@ -105,60 +101,3 @@ def _copy(field: VelocityField) -> VelocityField:
         for mine, theirs in zip(twin.parameter_list(), given, strict=True):
             mine.copy_(theirs)
     return twin.requires_grad_(False)
-
-
-class FrozenFlowPolicy:
-    """A `FlowPolicy` as it was: actions without gradient. Made by `FlowPolicy.freeze`."""
-
-    def __init__(self, policy: FlowPolicy, num_steps: int | None = None) -> None:
-        self.obs_dim, self.action_dim, self.clip = policy.obs_dim, policy.action_dim, policy.clip
-        self.walk = FrozenWalk(policy.field, **_options_of(policy, num_steps))
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        obs: Tensor,
-        noise: Tensor | None = None,
-        *,
-        deterministic: bool = False,
-        step_noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Actions [..., A] for obs [..., O], as `FlowPolicy.forward`."""
-        from fastflow import modules
-
-        cond, x_0, step_noise, lead = modules.policy_start(self, obs, noise, deterministic, step_noise, generator)
-        x_0 = cond.new_zeros(cond.shape[0], self.action_dim) if x_0 is None else x_0
-        return modules.policy_end(self.walk(x_0, cond, step_noise=step_noise), self.clip, lead)
-
-
-class FrozenFlowCritic:
-    """A `FlowCritic` as it was: values without gradient. Made by `FlowCritic.freeze`."""
-
-    def __init__(self, critic: FlowCritic, num_steps: int | None = None) -> None:
-        # The critic's own rules for inputs, on a copy that shares no weight with it.
-        self._critic = copy.copy(critic)
-        self._critic._modules = {}
-        self.obs_dim, self.action_dim = critic.obs_dim, critic.action_dim
-        self.walk = FrozenWalk(critic.field, **_options_of(critic, num_steps))
-        self._members = critic.field.spec.ensemble
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        obs: Tensor,
-        action: Tensor | None = None,
-        noise: Tensor | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Q [..., 1], or [E, ..., 1] with an ensemble, as `FlowCritic.forward`."""
-        from fastflow import modules
-
-        cond, z_0, lead = modules.critic_start(self._critic, obs, action, noise, self._members, generator)
-        return modules.critic_end(self.walk(z_0, cond), lead)
-
-
-def _options_of(module: FlowPolicy | FlowCritic, num_steps: int | None) -> dict[str, Any]:
-    steps = module.num_steps if num_steps is None else num_steps
-    return dict(num_steps=steps, method=module.method, backend=module.backend, precision=module.precision)

@@ -6,8 +6,9 @@ Each reads its parameters anew at every call, so `state_dict`, `deepcopy`, `.to`
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,7 @@ from fastflow.fields import (
     TimeEmbedding,
     VelocityField,
 )
-
-if TYPE_CHECKING:
-    from fastflow.frozen import FrozenFlowCritic, FrozenFlowPolicy
+from fastflow.frozen import FrozenWalk
 
 
 class FlowCritic(nn.Module):
@@ -140,7 +139,7 @@ class FlowCritic(nn.Module):
         Returns:
             [..., 1], or [E, ..., 1] with an ensemble: the mean over the S walks.
         """
-        cond, z_0, lead = critic_start(self, obs, action, noise, self.field.spec.ensemble, generator)
+        cond, z_0, lead = _critic_start(self, obs, action, noise, self.field.spec.ensemble, generator)
         z = ops.integrate(
             self.field,
             z_0,
@@ -150,12 +149,10 @@ class FlowCritic(nn.Module):
             backend=self.backend,
             precision=self.precision,
         )
-        return critic_end(z, lead)
+        return _critic_end(z, lead)
 
     def freeze(self, num_steps: int | None = None) -> FrozenFlowCritic:
         """The critic as it is now, for values without gradient: what is done to the weights later does not reach it."""
-        from fastflow.frozen import FrozenFlowCritic
-
         return FrozenFlowCritic(self, num_steps)
 
     def start(self, u: Tensor) -> Tensor:
@@ -299,7 +296,7 @@ class FlowPolicy(nn.Module):
         Returns:
             [..., A].
         """
-        cond, x_0, step_noise, lead = policy_start(self, obs, noise, deterministic, step_noise, generator)
+        cond, x_0, step_noise, lead = _policy_start(self, obs, noise, deterministic, step_noise, generator)
         x_1 = ops.integrate(
             self.field,
             x_0,
@@ -310,13 +307,11 @@ class FlowPolicy(nn.Module):
             backend=self.backend,
             precision=self.precision,
         )
-        return policy_end(x_1, self.clip, lead)
+        return _policy_end(x_1, self.clip, lead)
 
     def freeze(self, num_steps: int | None = None) -> FrozenFlowPolicy:
         """The policy as it is now, for acting: actions without gradient, which later changes of the weights do not
         reach. On the CPU a call of one row costs a few microseconds."""
-        from fastflow.frozen import FrozenFlowPolicy
-
         return FrozenFlowPolicy(self, num_steps)
 
     def loss(
@@ -356,6 +351,59 @@ class FlowPolicy(nn.Module):
             precision=self.precision,
         )
         return rows if reduction != "none" else rows.reshape(lead)
+
+
+class FrozenFlowPolicy:
+    """A `FlowPolicy` as it was: actions without gradient. Made by `FlowPolicy.freeze`."""
+
+    def __init__(self, policy: FlowPolicy, num_steps: int | None = None) -> None:
+        self.obs_dim, self.action_dim, self.clip = policy.obs_dim, policy.action_dim, policy.clip
+        self.walk = FrozenWalk(policy.field, **_options_of(policy, num_steps))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        obs: Tensor,
+        noise: Tensor | None = None,
+        *,
+        deterministic: bool = False,
+        step_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Actions [..., A] for obs [..., O], as `FlowPolicy.forward`."""
+        cond, x_0, step_noise, lead = _policy_start(self, obs, noise, deterministic, step_noise, generator)
+        x_0 = cond.new_zeros(cond.shape[0], self.action_dim) if x_0 is None else x_0
+        return _policy_end(self.walk(x_0, cond, step_noise=step_noise), self.clip, lead)
+
+
+class FrozenFlowCritic:
+    """A `FlowCritic` as it was: values without gradient. Made by `FlowCritic.freeze`."""
+
+    def __init__(self, critic: FlowCritic, num_steps: int | None = None) -> None:
+        # The critic's own rules for inputs, on a copy that shares no weight with it.
+        self._critic = copy.copy(critic)
+        self._critic._modules = {}
+        self.obs_dim, self.action_dim = critic.obs_dim, critic.action_dim
+        self.walk = FrozenWalk(critic.field, **_options_of(critic, num_steps))
+        self._members = critic.field.spec.ensemble
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        obs: Tensor,
+        action: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Q [..., 1], or [E, ..., 1] with an ensemble, as `FlowCritic.forward`."""
+        cond, z_0, lead = _critic_start(self._critic, obs, action, noise, self._members, generator)
+        return _critic_end(self.walk(z_0, cond), lead)
+
+
+def _options_of(module: FlowPolicy | FlowCritic, num_steps: int | None) -> dict[str, Any]:
+    steps = module.num_steps if num_steps is None else num_steps
+    return dict(num_steps=steps, method=module.method, backend=module.backend, precision=module.precision)
 
 
 class _Plain(nn.Module):
@@ -486,7 +534,7 @@ def value_ranges(
 # What a critic and a policy do before and behind their walk, frozen or not.
 
 
-def critic_start(
+def _critic_start(
     critic: FlowCritic,
     obs: Tensor,
     action: Tensor | None,
@@ -499,13 +547,13 @@ def critic_start(
     return cond, critic._starts(critic._draws(noise, lead, cond, generator), members), lead
 
 
-def critic_end(z: Tensor, lead: torch.Size) -> Tensor:
+def _critic_end(z: Tensor, lead: torch.Size) -> Tensor:
     """The mean over the S walks, [..., 1] or [E, ..., 1]."""
     q = z.mean(-2)
     return q.reshape(*q.shape[:-2], *lead, 1)
 
 
-def policy_start(
+def _policy_start(
     policy: FlowPolicy | FrozenFlowPolicy,
     obs: Tensor,
     noise: Tensor | None,
@@ -526,7 +574,7 @@ def policy_start(
     return cond, x_0, step_noise, lead
 
 
-def policy_end(x_1: Tensor, limit: float | None, lead: torch.Size) -> Tensor:
+def _policy_end(x_1: Tensor, limit: float | None, lead: torch.Size) -> Tensor:
     """Clipped actions [..., A]."""
     return _clip(x_1, limit).reshape(*lead, x_1.shape[-1])
 
