@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastflow import dense, reference
+from fastflow import dense, operators, reference
 from fastflow.fields import FieldSpec, Parts, TimeEmbedding
 from fastflow.fused import network
 from fastflow.kernels import cpu, plan
-from fastflow.philox import PhiloxNoise
 
 
 def unsupported(dtype: torch.dtype) -> str | None:
@@ -45,9 +44,7 @@ def _shared_features(embedding: TimeEmbedding, num_steps: int, method: str, star
 
 def _parts_of_walk(num_steps: int, method: str) -> Tensor:
     """Where each evaluation stands between start and end, [N] float64."""
-    stages = [0.0] if method == "euler" else [0.0, reference.SCHEMES[method][0]]
-    steps = torch.arange(num_steps, dtype=torch.float64).unsqueeze(1) + torch.tensor(stages, dtype=torch.float64)
-    return (steps / num_steps).flatten()
+    return reference.evaluation_steps(num_steps, method) / num_steps
 
 
 def _walk_features(
@@ -65,21 +62,24 @@ class _Layout:
     """What of a call depends on its spec and precision alone."""
 
     def __init__(self, key: str, precision: str) -> None:
-        self.spec = spec = FieldSpec.from_key(key)
+        spec = FieldSpec.from_key(key)
         net = network(spec, "fp32" if precision == "tf32" else precision)
         films = spec.film_sizes
         self.network = cpu.describe_network(net, films[0][0] if films else 0)
         self.time_layers = bool(spec.time_sizes)
         self.prepared = self.time_layers or spec.film
         self.pads = [cpu.padded(width) - width for width in net.hidden]
-        self.film_width = sum(2 * cpu.padded(width) for width in net.hidden)
         # Networks inside the field: time features' MLP, and cond's encoder with what it gives to FiLM. Of times that
         # all rows share there are few: they stay float32.
         into = spec.time_sizes[0][0] if spec.time_sizes else 0
         time = (into, *(width for _, width in spec.time_sizes))
         self.shared_time = dense.Kind(time, False, spec.activation, False, 0.0, "fp32")
         self.rows_time = self.shared_time._replace(precision=precision)
-        encoder = (spec.cond_dim, *(width for _, width in spec.encoder_sizes), self.film_width)
+        encoder = (
+            spec.cond_dim,
+            *(width for _, width in spec.encoder_sizes),
+            sum(2 * cpu.padded(width) for width in net.hidden),
+        )
         self.encoder = dense.Kind(encoder, True, spec.activation, False, 0.0, precision)
         self.num_parameters, self.time_features = spec.num_parameters, spec.time_features
         self.width = spec.ensemble or 1
@@ -112,13 +112,13 @@ class _Call:
         shared: bool,
         rows: tuple[int, int, int, int],
     ) -> None:
-        self.spec, self.shared, self.precision = spec, shared, precision
+        self.spec, self.shared = spec, shared
         self.layout = layout = _layout(spec.key, precision)
-        self.e, self.b, self.s, self.d = rows
+        self.e, self.b, self.s, _ = rows
         self.parameters = [p.contiguous() for p in parameters]
         self.width = layout.width
         self.count = len(parameters) // layout.num_parameters  # of fields
-        self.cond, self.raw_features = cond.contiguous(), features
+        self.cond = cond.contiguous()
         self.features = self.raw_features = features.contiguous()
         self.film: Tensor | None = None
         if layout.time_layers:
@@ -413,15 +413,6 @@ def _finished(
 # Losses -------------------------------------------------------------------------------------------------------------
 
 
-def _drawn(a: Tensor, b: Tensor, t: Tensor, seed: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """a [E, B, S, D] and t [E, B, S], contiguous; drawn where a generator stands in their place."""
-    if seed is not None and ids is not None:
-        noise = PhiloxNoise(seed, ids, b.shape[2])
-        a = noise.x_0(b.shape[-1]).to(b.dtype).expand(b.shape)
-        t = noise.t().to(b.dtype).expand(b.shape[:-1]) if t.numel() == 0 else t
-    return a.contiguous(), t.contiguous()
-
-
 def _loss_call(
     spec: FieldSpec, cond: Tensor, parameters: Sequence[Tensor], precision: str, t: Tensor, rows: torch.Size
 ) -> _Call:
@@ -446,7 +437,7 @@ def loss(
 ) -> tuple[Tensor, ...]:
     """(the loss of each row, its errors, an empty tensor, the products' results, two empty tensors): see `_keeps`. A
     row's bits never depend on its batch."""
-    a, t = _drawn(a, b, t, seed, ids)
+    a, t = (x.contiguous() for x in operators.drawn(a, b, t, seed, ids))
     call = _loss_call(spec, cond, parameters, precision, t, b.shape)
     found = loss_fakes(b, spec, precision, save, invariant)
     kept = (found[3], found[1]) if found[3].numel() else (None, None)
@@ -485,7 +476,7 @@ def loss_bwd(
 ) -> list[Tensor]:
     """[d_a, d_b, d_cond, *d_parameters]; a tensor without elements for what is not needed."""
     needs_a, needs_b, needs_cond, needs_weights = needs
-    a, t = _drawn(a, b, t, seed, ids)
+    a, t = (x.contiguous() for x in operators.drawn(a, b, t, seed, ids))
     call = _loss_call(spec, cond, parameters, precision, t, b.shape)
     gradients = _Gradients(call, 1, needs_cond, needs_weights)
     error, _, pre, *_ = saved

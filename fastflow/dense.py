@@ -28,6 +28,11 @@ class Kind(NamedTuple):
     eps: float
     precision: str
 
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """Widths of the hidden layers."""
+        return self.widths[1:-1] if self.head else self.widths[1:]
+
 
 # Layers at least this wide keep their products for the way back; narrower ones are sooner computed again than read.
 KEPT_WIDTH = 128
@@ -41,13 +46,10 @@ def kept_floats(hidden: Sequence[int], rows: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _description(kind: Kind) -> cpu.Description:
-    hidden = kind.widths[1:-1] if kind.head else kind.widths[1:]
     outputs = kind.widths[-1] if kind.head else 0
-    return cpu.describe_stack(kind.widths[0], hidden, outputs, kind.activation, kind.norm, kind.eps, kind.precision)
-
-
-def _hidden(kind: Kind) -> tuple[int, ...]:
-    return kind.widths[1:-1] if kind.head else kind.widths[1:]
+    return cpu.describe_stack(
+        kind.widths[0], kind.hidden, outputs, kind.activation, kind.norm, kind.eps, kind.precision
+    )
 
 
 def _ints(x: Tensor, members: int) -> list[int]:
@@ -59,7 +61,7 @@ def forward(x: Tensor, parameters: Sequence[Tensor], members: int, kind: Kind, k
     """(y [E, M, out], what `backward` reads) of x [E or 1, M, in]; parameters [in, out] or [E, in, out]."""
     x = x.contiguous()
     y = x.new_empty(members, x.shape[1], kind.widths[-1])
-    kept = x.new_empty(kept_floats(_hidden(kind), members * x.shape[1]) if keep else 0)
+    kept = x.new_empty(kept_floats(kind.hidden, members * x.shape[1]) if keep else 0)
     if y.numel():
         weights = [p.contiguous() for p in parameters]
         tensors = (x, None, None, *weights, y, kept if kept.numel() else None)
@@ -126,7 +128,7 @@ def _(
     rows = members * x.shape[1]
     return (
         x.new_empty(members, x.shape[1], kind.widths[-1]),
-        x.new_empty(kept_floats(_hidden(kind), rows) if keep else 0),
+        x.new_empty(kept_floats(kind.hidden, rows) if keep else 0),
     )
 
 
@@ -196,16 +198,12 @@ def _gradient(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Any
     return (d_x if needs_x else None, d_parameters if needs[1] else [None] * len(parameters), *rest)
 
 
-def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
-    pass
-
-
 def _refuse(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("fastflow: a gradient of a gradient needs create_graph=True when the first is computed")
 
 
 _operator = operators.Operator(_dense_stack, _setup, _gradient)
-_backward = operators.Operator(_dense_stack_bwd, _save_nothing, _refuse)
+_backward = operators.Operator(_dense_stack_bwd, operators.save_nothing, _refuse)
 
 
 def dense_stack(

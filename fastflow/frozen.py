@@ -51,8 +51,7 @@ class FrozenWalk:
 
     def _freeze(self) -> None:
         call = ops.check_walk(self._fields, **self._options)
-        self._spec, self._members, self._has_members = call.spec, call.members, call.has_members
-        self._dtype = call.dtype
+        self._spec, self._has_members = call.spec, call.has_members
         if call.runner() == "native" and not call.spec.film:
             names = ("num_steps", "method", "t_0", "t_1")
             self._native = cpu.freeze(call.spec, call.parameters, call.precision, *(self._options[n] for n in names))

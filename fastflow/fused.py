@@ -303,9 +303,7 @@ def _walk_times(
     device: torch.device,
 ) -> tuple[Tensor, bool, tuple]:
     """(times of every evaluation, whether all rows share them, start and end as the kernels take them)."""
-    stages = [0.0] if method == "euler" else [0.0, reference.SCHEMES[method][0]]
-    k = torch.arange(num_steps, device=device, dtype=torch.float64)
-    steps = torch.stack([k + a for a in stages], dim=1).flatten()
+    steps = reference.evaluation_steps(num_steps, method, device)
     if t_0 is None or t_1 is None:
         # Rounded once: sinusoids of a thousand times t show every bit.
         part = steps / num_steps

@@ -104,7 +104,7 @@ def draw(noise: PhiloxNoise, like: Tensor, t: Tensor | None) -> tuple[Tensor, Te
     return x_0, t
 
 
-def _drawn(a: Tensor, b: Tensor, t: Tensor, seed: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def drawn(a: Tensor, b: Tensor, t: Tensor, seed: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """a and t of the loss operator, drawn if it was given a generator in their place."""
     if seed is None or ids is None:
         return a, t
@@ -140,7 +140,7 @@ def _both_times(
     return t_0, like.new_full((), end, dtype=torch.float32).expand(shape) if t_1 is None else t_1
 
 
-def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     pass
 
 
@@ -671,7 +671,7 @@ def _integrate_bwd_vmap(
 
 
 integrate = Operator(_integrate, _integrate_setup, _integrate_grad, _integrate_vmap)
-_integrate_backward = Operator(_integrate_bwd, _save_nothing, _refuse_double_backward, _integrate_bwd_vmap)
+_integrate_backward = Operator(_integrate_bwd, save_nothing, _refuse_double_backward, _integrate_bwd_vmap)
 
 
 # fastflow::matching_loss --------------------------------------------------------------------------------------------
@@ -712,7 +712,7 @@ def _matching_loss_op(
         path = (interpolate, sigma_min)
         with _on_device(b):
             return kernels.loss(a, b, t, cond, parameters, seed, ids, spec, precision, *path, save, invariant)
-    a, t = _drawn(a, b, t, seed, ids)
+    a, t = drawn(a, b, t, seed, ids)
     rows = reference_rows(a, b, t, cond, parameters, spec, precision, interpolate, sigma_min)
     return (rows.clone(memory_format=torch.contiguous_format), *(b.new_empty(0) for _ in range(5)))
 
@@ -776,7 +776,7 @@ def _matching_loss_bwd(
             grads = kernels.loss_bwd(grad, a, b, t, cond, parameters, seed, ids, saved, *options, needs)
         return _owned(grads, grad, a, b, t, cond, *parameters, *saved)
 
-    start, times = _drawn(a, b, t, seed, ids)
+    start, times = drawn(a, b, t, seed, ids)
 
     def rows(a: Tensor, b: Tensor, cond: Tensor, *parameters: Tensor) -> Tensor:
         return reference_rows(a, b, times, cond, parameters, *options)
@@ -897,4 +897,4 @@ def _matching_bwd_vmap(
 
 
 matching_loss = Operator(_matching_loss_op, _matching_setup, _matching_grad, _matching_vmap)
-_matching_backward = Operator(_matching_loss_bwd, _save_nothing, _refuse_double_backward, _matching_bwd_vmap)
+_matching_backward = Operator(_matching_loss_bwd, save_nothing, _refuse_double_backward, _matching_bwd_vmap)

@@ -302,6 +302,13 @@ def _head(
 SCHEMES = {"midpoint": (0.5, 0.0, 1.0), "heun": (1.0, 0.5, 0.5)}
 
 
+def evaluation_steps(num_steps: int, method: str, device: torch.device | str = "cpu") -> Tensor:
+    """At which step, k or k + a of the scheme, a walk evaluates the field: [N] float64, in order."""
+    stages = [0.0] if method == "euler" else [0.0, SCHEMES[method][0]]
+    k = torch.arange(num_steps, device=device, dtype=torch.float64)
+    return torch.stack([k + a for a in stages], dim=1).flatten()
+
+
 def integrate(
     spec: FieldSpec,
     parameters: Sequence[Tensor],
