@@ -23,9 +23,10 @@ usage: fastflow COMMAND [OPTIONS]
 
 commands:
   collect NAME   make an OGBench dataset locally with scripted policies
-  train floq     train an agent on a dataset; --env NAME, --resume RUN
-  evaluate RUN   play episodes with the policy of a saved run
-  plot RUN       draw learning curves and the critic's flow paths of a saved run
+  train AGENT    train floq or td2-cfm; --env NAME, --resume RUN
+  evaluate RUN   test what a saved run has learnt
+  plot RUN       draw learning curves of saved runs, and what they learnt
+  experiment NAME  run, repeat and draw a comparison
   relabel NAME   turn an OGBench dataset into a file that trains without a simulator
   info           versions, devices and kernel plan: what a bug report needs
 
@@ -208,20 +209,25 @@ def _evaluate(argv: list[str]) -> int:
         episodes: int = 50,
         seed: int = 0,
         envs: int = 10,
+        states: int | None = None,
+        samples: int | None = None,
         checkpoint: int | None = None,
         all_checkpoints: bool = False,
         device: str = "auto",
     ) -> dict[str, Any]:
-        """Plays episodes with the policy of saved runs and prints success, return and length.
+        """Tests what saved runs have learnt.
 
-        Of several runs also the mean and the interquartile mean with a bootstrap interval. Results are written to
-        RUN/evaluations, and to RUN/eval.csv where that step has no row yet.
+        A policy plays episodes; success, return and length are printed, and of several runs also the mean and the
+        interquartile mean with a bootstrap interval. A successor model is compared with true futures. Results are
+        written to RUN/evaluations, and to RUN/eval.csv where that step has no row yet.
 
         Args:
-            runs: Run folders.
-            episodes: Episodes per checkpoint.
-            seed: Decides start states and the policy's noise.
-            envs: Environments that step together.
+            runs: Run folders, all of one agent.
+            episodes: Episodes per checkpoint (policies).
+            seed: Decides start states and all noise.
+            envs: Environments that step together (policies).
+            states: States whose futures are compared (successor models); by default the run's own number.
+            samples: Samples per state; by default the run's own number.
             checkpoint: Step of the checkpoint; by default the newest.
             all_checkpoints: Every checkpoint of each run.
             device: auto, cpu, cuda or cuda:N.
@@ -229,30 +235,83 @@ def _evaluate(argv: list[str]) -> int:
         return locals()
 
     options = _parse(evaluate, argv, "evaluate")
-    for name in ("episodes", "envs"):
-        if options[name] < 1:
+    for name in ("episodes", "envs", "states", "samples"):
+        if options[name] is not None and options[name] < 1:
             raise UserError(f"{name}: expected at least 1, got {options[name]}")
-    from fastflow.evaluate import evaluate_runs
-
-    evaluate_runs(options.pop("runs"), num_envs=options.pop("envs"), **options)
+    runs = options.pop("runs")
+    command = _command(runs, "evaluate")
+    policy = {"episodes": options.pop("episodes"), "num_envs": options.pop("envs")}
+    successor = {name: options.pop(name) for name in ("states", "samples")}
+    command(runs, **options, **(policy if command.__module__ == "fastflow.evaluate" else successor))
     return 0
+
+
+def _command(runs: Sequence[Path], which: str) -> Callable[..., Any]:
+    """What a command does with these runs, by the agent that they are of."""
+    from fastflow import agents
+    from fastflow.record import Run
+
+    names = sorted({Run.open(path).config["agent_name"] for path in runs})
+    if len(names) > 1:
+        raise UserError(f"runs: expected runs of one agent, got {', '.join(names)}")
+    if names and names[0] not in agents.NAMES:
+        raise UserError(f"{runs[0]} is a run of agent {names[0]}, which this version does not know")
+    return agents.command(names[0] if names else "floq", which)
 
 
 def _plot(argv: list[str]) -> int:
     def plot(runs: tuple[Path, ...], /, output: Path | None = None, checkpoint: int | None = None) -> dict[str, Any]:
-        """Draws learning_curve.png and flow_paths.png.
+        """Draws learning_curve.png, and flow_paths.png of a policy or futures.png, value_map.png of a successor model.
 
         Args:
-            runs: Run folders; several share one learning curve.
+            runs: Run folders, all of one agent; several share one learning curve.
             output: Folder for the figures; by default RUN/figures of the first run.
-            checkpoint: Step of the checkpoint for the flow paths; by default the newest.
+            checkpoint: Step of the checkpoint for the other figures; by default the newest.
         """
         return locals()
 
     options = _parse(plot, argv, "plot")
-    from fastflow.plot import plot_runs
+    from fastflow.plot import figure_style
 
-    for path in plot_runs(options.pop("runs"), **options):
+    figure_style()  # a missing matplotlib is said before anything is read
+    runs = options.pop("runs")
+    for path in _command(runs, "plot")(runs, **options):
+        print(path)
+    return 0
+
+
+def _experiment(argv: list[str]) -> int:
+    def experiment(
+        name: str,
+        /,
+        size: str = "small",
+        output: Path | None = None,
+        jobs: int | None = None,
+        arms: tuple[str, ...] = (),
+        seeds: tuple[int, ...] = (),
+        plot_only: bool = False,
+    ) -> dict[str, Any]:
+        """Runs an experiment: every arm with every seed, then a table, a figure and all numbers.
+
+        What is finished is not run again: the same command goes on, and adds seeds or arms.
+
+        Args:
+            name: Experiment; an unknown name lists them.
+            size: small (minutes on a CPU) or paper (published sizes, for a GPU), where the experiment has both.
+            output: Folder for runs and report; by default runs/NAME__SIZE.
+            jobs: Runs at a time; by default as many as CPU cores.
+            arms: Only these arms; by default all.
+            seeds: These seeds; by default the experiment's own.
+            plot_only: Only the report, from what is finished.
+        """
+        return locals()
+
+    options = _parse(experiment, argv, "experiment")
+    from fastflow.experiments.run import run
+
+    for key in ("arms", "seeds"):
+        options[key] = options[key] or None
+    for path in run(options.pop("name"), **options):
         print(path)
     return 0
 
@@ -276,6 +335,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "plot": _plot,
+    "experiment": _experiment,
     "relabel": _relabel,
     "info": _info,
 }

@@ -227,7 +227,7 @@ def _checked_device(device: str | torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def open_npz(path: Path) -> Iterator[Any]:
     """The npz at `path`; whatever is wrong with the file becomes a UserError that names it."""
     try:
         if not zipfile.is_zipfile(path):
@@ -239,7 +239,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _read(file: Any, path: Path, key: str) -> np.ndarray:
+def read_array(file: Any, path: Path, key: str) -> np.ndarray:
     """One array of an open npz, checked: numbers, one row at least, all finite.
 
     The checks run over pieces, so that they need no second copy.
@@ -290,15 +290,15 @@ def _check_flags(path: Path, key: str, array: np.ndarray) -> None:
 
 
 def _is_transitions(path: Path) -> bool:
-    with _opened(path) as file:
+    with open_npz(path) as file:
         return "rewards" in file.files and "masks" in file.files
 
 
 def _load_transitions(name: str, path: Path) -> Dataset:
     tensors: dict[str, Tensor] = {}
-    with _opened(path) as file:
+    with open_npz(path) as file:
         for key in KEYS:
-            array = _read(file, path, key)
+            array = read_array(file, path, key)
             num_rows = len(tensors["observations"]) if tensors else None
             _check_shape(path, key, array, 2 if key in _VECTORS else 1, num_rows)
             if key in _VECTORS or key == "rewards":
@@ -358,9 +358,9 @@ def _check_raw(name: str, path: Path, env: Any) -> None:
     }
     if hasattr(env, "_cur_button_states"):
         widths["button_states"] = len(env._cur_button_states)
-    with _opened(path) as file:
+    with open_npz(path) as file:
         for key in ("observations", "actions", "terminals", "qpos", *(["button_states"] if len(widths) > 3 else [])):
-            array = _read(file, path, key)
+            array = read_array(file, path, key)
             _check_shape(path, key, array, 1 if key == "terminals" else 2, num_rows)
             if key in widths and array.shape[1] != widths[key]:
                 raise UserError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_flow_paths", "draw_losses", "draw_success", "flow_paths", "plot_overview", "plot_runs", "save_figure"]
 
 # Okabe and Ito's palette: told apart with any colour vision, and in print.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -48,10 +48,15 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
+def figure_style() -> Any:
+    """A context in which figures have the house's style."""
+    return _matplotlib().rc_context(_STYLE)
+
+
 def new_figure(columns: int, width: float = 5.0, height: float = 3.8) -> tuple[Figure, list[Axes]]:
     """An empty figure with `columns` panels side by side, each `width` by `height` inches."""
     matplotlib = _matplotlib()
-    with matplotlib.rc_context(_STYLE):
+    with figure_style():
         # The object, not pyplot: no window, no global state, any thread.
         figure = matplotlib.figure.Figure(figsize=(width * columns, height), layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -80,7 +85,7 @@ def _label(run: Run) -> str:
     return f"seed {run.config['seed']}"
 
 
-def _labels(runs: Sequence[Run]) -> list[str]:
+def labels_of(runs: Sequence[Run]) -> list[str]:
     """The shortest names that tell the runs apart."""
     for labels in ([_label(run) for run in runs], [run.path.resolve().name for run in runs]):
         if len(set(labels)) == len(runs):
@@ -88,13 +93,13 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return [str(run.path) for run in runs]
 
 
-def _column(rows: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def column(rows: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
     found = [(row["step"], row[name]) for row in rows if name in row]
     steps, values = np.array(found, dtype=np.float64).reshape(-1, 2).T
     return steps, values
 
 
-def _updates_axis(axis: Axes) -> None:
+def updates_axis(axis: Axes) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axis.set_xlabel("updates")
@@ -105,14 +110,14 @@ def _updates_axis(axis: Axes) -> None:
 def draw_success(axis: Axes, runs: Sequence[Run]) -> None:
     """Success over updates, one line per run; with several runs of the same evaluations also their mean."""
     curves = []
-    for i, (run, label) in enumerate(zip(runs, _labels(runs), strict=True)):
-        steps, values = _column(run.eval.rows(), "evaluation/success")
+    for i, (run, label) in enumerate(zip(runs, labels_of(runs), strict=True)):
+        steps, values = column(run.eval.rows(), "evaluation/success")
         curves.append((steps, values))
         several = len(runs) > 1
         axis.plot(
             steps,
             values,
-            color=_COLORS[i % len(_COLORS)],
+            color=COLORS[i % len(COLORS)],
             marker="o",
             markersize=3 if several else 4.5,
             linewidth=1.1 if several else 2,
@@ -128,27 +133,30 @@ def draw_success(axis: Axes, runs: Sequence[Run]) -> None:
     axis.set_ylim(0, 1.02)
     axis.set_ylabel("success rate")
     axis.set_title("Success")
-    _updates_axis(axis)
+    updates_axis(axis)
     if len(runs) > 1:
         axis.legend(ncols=2 if len(runs) > 4 else 1, fontsize=8)
 
 
 def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
     """Training losses over updates: every loss of one run, or the critic's of several. Decades make the axis a log."""
-    labels = _labels(runs)
+    labels = labels_of(runs)
     lines: list[tuple[np.ndarray, np.ndarray, str]] = []
+    names_drawn: list[str] = []
     for run, label in zip(runs, labels, strict=True):
         rows = run.train.rows()
         names = list(dict.fromkeys(name for row in rows for name in row if name.startswith("training/")))
         losses = [name for name in names if name.endswith("_loss") and not _is_sum(name, names)]
         if len(runs) > 1:
-            losses = [name for name in losses if name.startswith("training/critic/")][:1]
+            critic = [name for name in losses if name.startswith("training/critic/")]
+            losses = (critic or [name for name in names if name == "training/loss"] or losses)[:1]
         for name in losses:
-            steps, values = _column(rows, name)
+            steps, values = column(rows, name)
+            names_drawn.append(name)
             lines.append((steps, values, label if len(runs) > 1 else name.removeprefix("training/")))
     positive = [line for line in lines if len(line[1]) and (line[1] > 0).all()]
     for i, (steps, values, label) in enumerate(positive):
-        axis.plot(steps, values, color=_COLORS[i % len(_COLORS)], linewidth=1.6, label=label)
+        axis.plot(steps, values, color=COLORS[i % len(COLORS)], linewidth=1.6, label=label)
     if positive:
         if max(v.max() for _, v, _ in positive) > 10 * min(v.min() for _, v, _ in positive):
             axis.set_yscale("log")
@@ -156,13 +164,14 @@ def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
     else:
         axis.text(0.5, 0.5, "no rows in train.csv yet", transform=axis.transAxes, ha="center", color="#888888")
     axis.set_ylabel("loss")
-    axis.set_title("Training losses" if len(runs) == 1 else "Flow loss of the critic")
-    _updates_axis(axis)
+    of_critic = any("/critic/" in name for name in names_drawn)
+    axis.set_title("Training losses" if len(runs) == 1 else "Flow loss of the critic" if of_critic else "Training loss")
+    updates_axis(axis)
 
 
 def _is_sum(name: str, names: Sequence[str]) -> bool:
     """Whether a loss is the total of its group (critic/critic_loss), shown by its parts instead."""
-    group = name.split("/")[-2]
+    group = name.split("/")[-2]  # "training" for a loss without one
     return name.endswith(f"{group}/{group}_loss") and sum(n.startswith(f"training/{group}/") for n in names) > 1
 
 
@@ -233,9 +242,8 @@ def plot_overview(runs: Sequence[Run], path: str | Path) -> Path:
     Raises:
         UserError: a run without a checkpoint, or the file cannot be written.
     """
-    matplotlib = _matplotlib()
     figure, axes = new_figure(3)
-    with matplotlib.rc_context(_STYLE):
+    with figure_style():
         draw_success(axes[0], runs)
         draw_losses(axes[1], runs)
         draw_flow_paths(axes[2], *flow_paths(runs[0]))
@@ -260,11 +268,11 @@ def plot_runs(
     """
     if not paths:
         raise UserError("plot: expected at least one run folder")
-    matplotlib = _matplotlib()
+    _matplotlib()
     runs = [Run.open(path) for path in paths]
     folder = runs[0].path / "figures" if output is None else Path(output)
     written = []
-    with matplotlib.rc_context(_STYLE):
+    with figure_style():
         figure, axes = new_figure(2)
         draw_success(axes[0], runs)
         draw_losses(axes[1], runs)

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shlex
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -76,6 +77,16 @@ def differences(saved: Mapping[str, Any], asked: Mapping[str, Any], prefix: str 
         elif there != here:
             lines.append(f"{prefix}{key}: {there} there, {here} here")
     return lines
+
+
+def absolute(path: Path | None) -> str | None:
+    """A path as config.json keeps it: it must mean the same in another working directory."""
+    return None if path is None else str(path.expanduser().resolve())
+
+
+def quote(path: Path) -> str:
+    """A path as it can be pasted into a shell."""
+    return shlex.quote(str(path))
 
 
 def _disk_error(path: Path, error: OSError) -> UserError:
@@ -579,21 +590,7 @@ def make_agent(
     """
     from fastflow import agents
 
-    statistics = arguments["observation_statistics"]
-    if statistics is not None:
-        mean, std = (torch.tensor(values, dtype=torch.float32, device=device) for values in statistics)
-        statistics = (mean, std)
-    low, high = arguments["reward_range"]
-    return agents.make(
-        agent_name,
-        config_from_json(agent_name, config),
-        obs_dim=arguments["obs_dim"],
-        action_dim=arguments["action_dim"],
-        reward_range=(low, high),
-        device=device,
-        seed=seed,
-        observation_statistics=statistics,
-    )
+    return agents.make(agent_name, config_from_json(agent_name, config), **arguments, device=device, seed=seed)
 
 
 def load_agent_state(agent: Any, state: Mapping[str, Tensor], path: Path) -> None:

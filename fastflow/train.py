@@ -13,7 +13,6 @@ import datetime
 import importlib.util
 import math
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -21,118 +20,58 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastflow import agents
-from fastflow.envs import check_name, nearest
-from fastflow.errors import MissingExtra, UserError, missing_extra
-from fastflow.evaluate import Rollouts
+from fastflow.envs import nearest
+from fastflow.errors import UserError, missing_extra
 from fastflow.info import resolve_device, versions
 from fastflow.record import (
     Checkpoint,
     Run,
+    absolute,
     check_available,
     config_from_json,
     differences,
     load_agent_state,
     make_agent,
-    spread,
-    tensor_fingerprint,
+    quote,
     to_json,
 )
+from fastflow.settings import LoopSettings
 
-if TYPE_CHECKING:
-    from fastflow.data import Dataset
+__all__ = ["Task", "TrainResult", "default_settings", "parse", "preset_config", "train"]
 
-__all__ = ["LOOP_PRESETS", "TrainResult", "TrainSettings", "default_settings", "parse", "preset_config", "train"]
+# Settings that are paths, of whichever task.
+_PATHS = ("dataset_dir", "dataset_path")
 
-LOOP_PRESETS: dict[str, dict[str, Any]] = {
-    # The agent's preset of that name is made for these; minutes on one CPU core.
-    "pointmaze-arena-demo": {
-        "steps": 15_000,
-        "observation_scale": 4.0,
-        "log_interval": 500,
-        "eval_interval": 3_000,
-        "save_interval": 3_000,
-        "threads": 1,
-    },
-}
-"""Defaults of `TrainSettings` that go with a preset of an agent; the general ones go with the published presets."""
-
-_SAMPLES = 64
 _DISPLAY_SECONDS = 2.0
 
-AgentConfig = TypeVar("AgentConfig")
 
+class Task(Protocol):
+    """What the loop asks of what an agent is trained on; `fastflow.offline.OfflineTask` tells more."""
 
-@dataclasses.dataclass(frozen=True)
-class TrainSettings(Generic[AgentConfig]):
-    """Trains an agent on an offline dataset and leaves a run folder (config.json, train.csv, eval.csv, checkpoints).
+    facts: dict[str, Any]
+    arguments: dict[str, Any]
 
-    Ctrl-C saves a checkpoint and prints the command that goes on from it, bit for bit.
-    """
+    @property
+    def evaluates(self) -> bool: ...
 
-    env: str
-    """Task, by OGBench's singletask name (cube-single-play-singletask-v0, ...) or fastflow's pointmaze-arena-*."""
-    agent: AgentConfig
-    """The algorithm's own settings. Defaults are those of the preset; a flag given here wins over it."""
-    preset: str = "auto"
-    """Named settings of the agent: auto takes the published ones for the task, none takes the defaults."""
-    seed: int = 0
-    """Decides initial weights, batches and noise."""
-    steps: int = 2_000_000
-    """Updates in all."""
-    log_interval: int = 5_000
-    """Updates between rows of train.csv, each the mean over its interval."""
-    eval_interval: int = 20_000
-    """Updates between evaluations, which also take place before the first update and after the last; 0 is never."""
-    eval_episodes: int = 50
-    """Episodes per evaluation."""
-    eval_envs: int = 10
-    """Environments that step together during an evaluation."""
-    save_interval: int = 100_000
-    """Updates between checkpoints, besides the one at the end; 0 is only at the end."""
-    keep_checkpoints: int = 0
-    """Newest checkpoints to keep; 0 keeps all."""
-    run_dir: Path | None = None
-    """Where to record the run; by default runs/ENV__AGENT__seedN. It must not exist yet, or be empty."""
-    resume: Path | None = None
-    """Run folder to go on with. Its settings are the defaults then; those of the agent, task and seed cannot change."""
-    dataset_dir: Path | None = None
-    """Folder with OGBench's dataset files; by default OGBench's own, ~/.ogbench/data."""
-    dataset_path: Path | None = None
-    """One dataset file instead. One by `fastflow relabel` needs no simulator; without it, evaluation is skipped."""
-    observation_scale: float = 0.0
-    """If not 0, the networks see this number times (observation - mean) / std of the dataset."""
-    device: str = "auto"
-    """auto (CUDA where there is a GPU), cpu, cuda or cuda:N."""
-    matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """float32 matrix products on a GPU, as in torch.set_float32_matmul_precision. high is TF32, which the published JAX
-    code had by default on such GPUs. The CPU always multiplies in float32."""
-    threads: int = 0
-    """Threads of torch on the CPU; 0 leaves torch's choice."""
-    progress: bool = True
-    """Progress bar, if the output is a terminal."""
-    tensorboard: bool = True
-    """TensorBoard events besides the CSV files."""
+    def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]: ...
 
-    def __post_init__(self) -> None:
-        least = {"steps": 0, "log_interval": 1, "eval_interval": 0, "eval_episodes": 1, "eval_envs": 1}
-        least |= {"save_interval": 0, "keep_checkpoints": 0, "threads": 0, "seed": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if isinstance(value, int) and value < bound:
-                raise ValueError(f"{name}: expected at least {bound}, got {value}")
-        if not 0 <= self.observation_scale < float("inf"):
-            raise ValueError(f"observation_scale: expected a finite number of at least 0, got {self.observation_scale}")
+    def sample_validation(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor] | None: ...
 
+    def samples(self) -> dict[str, Tensor]: ...
 
-_FIXED = ("env", "seed", "observation_scale", "matmul_precision", "agent")
-"""Settings that define the run; another value is another run. The rest may change on resuming."""
+    def evaluate(self, agent: Any, seed: int, should_stop: Callable[[], bool]) -> dict[str, float] | None: ...
+
+    def describe(self, metrics: dict[str, float]) -> str: ...
+
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,25 +119,28 @@ def preset_config(agent_name: str, env: str, preset: str = "auto") -> tuple[str,
     return preset, config_class(**module.PRESETS[preset])
 
 
-def default_settings(agent_name: str, env: str, preset: str = "auto", **changes: Any) -> TrainSettings:
-    """Settings of a preset, those of the training loop that go with it (`LOOP_PRESETS`) included.
+def default_settings(agent_name: str, env: str, preset: str = "auto", **changes: Any) -> Any:
+    """Settings of a preset, those of the training loop that go with it (the agent's `LOOP_PRESETS`) included.
 
     Args:
         agent_name: such as "floq".
         env: name of the task.
         preset: a name of the agent's presets, "auto" or "none".
-        **changes: fields of `TrainSettings` that win over the preset.
+        **changes: fields of the agent's settings class that win over the preset.
+
+    Returns:
+        The settings, of `agents.settings_class(agent_name)`.
 
     Raises:
         UserError: no such preset.
         ValueError: a field of `changes` that cannot be.
     """
     preset, config = preset_config(agent_name, env, preset)
-    values: dict[str, Any] = {"env": env, "agent": config, "preset": preset, **LOOP_PRESETS.get(preset, {}), **changes}
-    return TrainSettings(**values)
+    loop = agents.module(agent_name).LOOP_PRESETS.get(preset, {})
+    return agents.settings_class(agent_name)(**{"env": env, "agent": config, "preset": preset, **loop, **changes})
 
 
-def parse(agent_name: str, argv: Sequence[str], prog: str | None = None) -> TrainSettings:
+def parse(agent_name: str, argv: Sequence[str], prog: str | None = None) -> Any:
     """Settings from command-line flags.
 
     In two stages: --env and --preset, or --resume, decide the defaults; then every flag that is given wins over them.
@@ -225,8 +167,7 @@ def parse(agent_name: str, argv: Sequence[str], prog: str | None = None) -> Trai
         # A flag without its value: the second stage says so, with its help.
         chosen = argparse.Namespace(env=None, preset=None, resume=None, run_dir=None)
 
-    config_class = agents.config_class(agent_name)
-    default: TrainSettings
+    config_class, settings_class = agents.config_class(agent_name), agents.settings_class(agent_name)
     if chosen.resume is not None:
         for flag in ("preset", "run_dir"):
             if getattr(chosen, flag) is not None:
@@ -241,8 +182,8 @@ def parse(agent_name: str, argv: Sequence[str], prog: str | None = None) -> Trai
         default = dataclasses.replace(default, env=env, preset=chosen.preset or "auto")
     try:
         settings = tyro.cli(
-            TrainSettings[config_class],  # type: ignore[valid-type]
-            args=list(argv),
+            settings_class[config_class],  # type: ignore[index]
+            args=_full_names(argv, settings_class, config_class),
             default=default,
             prog=prog,
         )
@@ -252,7 +193,21 @@ def parse(agent_name: str, argv: Sequence[str], prog: str | None = None) -> Trai
     return dataclasses.replace(settings, preset=preset)
 
 
-def settings_from_config(run: Run, agent_name: str) -> TrainSettings:
+def _full_names(argv: Sequence[str], settings_class: type, config_class: type) -> list[str]:
+    """`argv` with `--gamma` spelled `--agent.gamma` where only the agent has such a setting."""
+    own, agent = ({field.name for field in dataclasses.fields(kind)} for kind in (settings_class, config_class))
+
+    def full(word: str) -> str:
+        name = word.removeprefix("--").split("=")[0].replace("-", "_")
+        bare = name.removeprefix("no_")
+        if not word.startswith("--") or own & {name, bare} or not agent & {name, bare}:
+            return word
+        return "--agent." + word.removeprefix("--")
+
+    return [full(word) for word in argv]
+
+
+def settings_from_config(run: Run, agent_name: str) -> Any:
     """The settings that a run folder was made with.
 
     Raises:
@@ -261,14 +216,16 @@ def settings_from_config(run: Run, agent_name: str) -> TrainSettings:
     config = run.config
     if config.get("agent_name") != agent_name:
         raise UserError(f"{run.path} is a run of agent {config.get('agent_name')}, expected {agent_name}")
-    names = [field.name for field in dataclasses.fields(TrainSettings) if field.name not in ("agent", "resume")]
+    settings_class = agents.settings_class(agent_name)
+    names = [field.name for field in dataclasses.fields(settings_class) if field.name not in ("agent", "resume")]
     missing = [name for name in (*names, "agent") if name not in config]
     if missing:
         raise UserError(f"{run.path / 'config.json'} lacks {', '.join(missing)}: it was written by another version")
     values = {name: config[name] for name in names}
-    for name in ("run_dir", "dataset_dir", "dataset_path"):
-        values[name] = None if values[name] is None else Path(values[name])
-    return TrainSettings(agent=config_from_json(agent_name, config["agent"]), **values)
+    for name in ("run_dir", *_PATHS):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
+    return settings_class(agent=config_from_json(agent_name, config["agent"]), **values)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -279,11 +236,12 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def train(settings: TrainSettings, agent_name: str = "floq", *, out: Callable[[str], None] = _say) -> TrainResult:
+def train(settings: LoopSettings[Any], agent_name: str = "floq", *, out: Callable[[str], None] = _say) -> TrainResult:
     """Trains until `settings.steps` updates are done or a signal asks to stop; what `fastflow train` does.
 
     Args:
-        settings: see `TrainSettings`; with `resume`, the state comes from the newest checkpoint of that run folder.
+        settings: of the agent's settings class; with `resume`, the state comes from the newest checkpoint of that run
+            folder.
         agent_name: such as "floq".
         out: called with every line of text.
 
@@ -315,16 +273,15 @@ def train(settings: TrainSettings, agent_name: str = "floq", *, out: Callable[[s
 class _Training:
     """One call of `train`: what must be true before the first update is checked here, before a folder is made."""
 
-    def __init__(self, settings: TrainSettings, agent_name: str, out: Callable[[str], None]) -> None:
-        from fastflow.data import load_dataset
-
+    def __init__(self, settings: LoopSettings[Any], agent_name: str, out: Callable[[str], None]) -> None:
         self.settings = settings
         self.agent_name = agent_name
         self.out = out
         for package in ("safetensors", "tqdm", *(("tensorboard",) if settings.tensorboard else ())):
             if importlib.util.find_spec(package) is None:
                 raise missing_extra("rl", package)
-        check_name(settings.env)
+        task_class = agents.task_class(agent_name)
+        task_class.check_name(settings.env)
         if settings.resume is None:
             path = settings.run_dir or Path("runs") / f"{settings.env}__{agent_name}__seed{settings.seed}"
             check_available(path)
@@ -342,29 +299,20 @@ class _Training:
                     f"pass --device {before}, or start a new run"
                 )
         self.path, self.saved = path, saved
-        try:
-            self.data, self.validation = load_dataset(
-                settings.env,
-                dataset_dir=settings.dataset_dir,
-                dataset_path=settings.dataset_path,
-                device=self.device,
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"dataset of {settings.env}: {error}") from error
-        self.facts = _dataset_facts(self.data, self.validation, settings)
+        self.task: Task = task_class(settings, self.device, None if saved is None else saved.arguments, path, out)
+        self.facts = self.task.facts
         if saved is not None and saved.loop["fingerprint"] != self.facts["fingerprint"]:
             raise UserError(
                 f"the dataset is not the one that {path} was trained on: it has {self.facts['rows']:,} rows, the "
                 f"run's had {self.run.config['dataset']['rows']:,} (path {self.run.config['dataset']['path']})"
             )
-        self.arguments = _agent_arguments(self.data, settings) if saved is None else saved.arguments
+        self.arguments = self.task.arguments
         try:
             self.agent = make_agent(
                 agent_name, to_json(settings.agent), self.arguments, device=self.device, seed=settings.seed
             )
         except ValueError as error:
             raise UserError(f"settings of {agent_name}: {error}") from error
-        self.rollouts = self._make_rollouts(path)
 
         self.generator = torch.Generator(self.device).manual_seed(_derived_seed(settings.seed, "batches"))
         self.meter = _Meter(self.device)
@@ -382,34 +330,17 @@ class _Training:
     # before the first update
 
     def _checkpoint(self) -> Checkpoint:
-        asked = {name: to_json(getattr(self.settings, name)) for name in _FIXED}
-        lines = differences({name: self.run.config.get(name) for name in _FIXED}, asked)
+        asked = {name: to_json(getattr(self.settings, name)) for name in self.settings.fixed}
+        lines = differences({name: self.run.config.get(name) for name in asked}, asked)
         if lines:
             raise UserError(f"{self.run.path} was trained with other settings:\n  " + "\n  ".join(lines))
         return self.run.load(agent=self.agent_name, config=asked["agent"])
 
-    def _make_rollouts(self, path: Path) -> Rollouts | None:
-        settings = self.settings
-        if not settings.eval_interval:
-            return None
-        try:
-            rollouts = Rollouts(settings.env, min(settings.eval_envs, settings.eval_episodes))
-        except MissingExtra as error:
-            self.out(f"evaluation is skipped: {error}. Where there is a simulator: fastflow evaluate {_quote(path)}")
-            return None
-        dims = (self.data.obs_dim, self.data.action_dim)
-        if dims != (rollouts.obs_dim, rollouts.action_dim):
-            raise UserError(
-                f"the dataset has {dims[0]} observations and {dims[1]} actions per row, but {settings.env} has "
-                f"{rollouts.obs_dim} and {rollouts.action_dim}: is it the dataset of another task?"
-            )
-        return rollouts
-
     def _config(self) -> dict[str, Any]:
         settings = {name: value for name, value in to_json(self.settings).items() if name != "resume"}
-        for name in ("dataset_dir", "dataset_path"):
+        for name in set(_PATHS) & set(settings):
             # Resuming may happen in another working directory.
-            settings[name] = _absolute(getattr(self.settings, name))
+            settings[name] = absolute(getattr(self.settings, name))
         return {
             "agent_name": self.agent_name,
             **settings,
@@ -429,8 +360,7 @@ class _Training:
         saved = self.saved
         if saved is None:
             self.run = Run.create(self.path, self._config())
-            rows = spread(len(self.data), _SAMPLES).to(self.device)
-            self.run.save_samples({name: self.data.tensors[name][rows] for name in ("observations", "actions")})
+            self.run.save_samples(self.task.samples())
             return
         self.run.rewind(saved.step)
         # Settings that may change are recorded as they are from now on; how they were is in the list.
@@ -451,14 +381,13 @@ class _Training:
                     self._loop()
             finally:
                 self.run.close()
-                if self.rollouts is not None:
-                    self.rollouts.close()
+                self.task.close()
         stopped_by = self.stop.requested
         if stopped_by is None:
             self.out(f"done: {self.step:,} updates, run folder {self.path}")
         else:
             self.out(f"stopped after {self.step:,} updates by {stopped_by.name}; saved. Go on with:")
-            self.out(f"  fastflow train {self.agent_name} --resume {_quote(self.path)}")
+            self.out(f"  fastflow train {self.agent_name} --resume {quote(self.path)}")
         return TrainResult(self.run, self.step, stopped_by, self.agent)
 
     def _loop(self) -> None:
@@ -468,7 +397,7 @@ class _Training:
         self.interval_began = (self.step, time.perf_counter())
         self._evaluate_if_due()
         while self.step < settings.steps and not self.stop.requested:
-            batch = self.data.sample(batch_size, self.generator)
+            batch = self.task.sample(batch_size, self.generator)
             self.meter.add(self.agent.update(batch))
             self.step += 1
             self.display.advance(self.meter)
@@ -531,11 +460,12 @@ class _Training:
         self.interval_began = (self.step, time.perf_counter())
 
     def _validate(self) -> dict[str, float]:
-        if self.validation is None:
-            return {}
         seed = _derived_seed(self.settings.seed, "validation", self.step)
         generator = torch.Generator(self.device).manual_seed(seed)
-        metrics = self.agent.validate(self.validation.sample(self.settings.agent.batch_size, generator))
+        batch = self.task.sample_validation(self.settings.agent.batch_size, generator)
+        if batch is None:
+            return {}
+        metrics = self.agent.validate(batch)
         values = torch.stack(list(metrics.values())).tolist()
         row = {f"validation/{name}": value for name, value in zip(metrics, values, strict=True)}
         bad = [name for name, value in row.items() if not math.isfinite(value)]
@@ -576,7 +506,7 @@ class _Training:
 
     def _evaluate_if_due(self, last: bool = False) -> None:
         settings = self.settings
-        if self.rollouts is None or self.stop.requested:
+        if not settings.eval_interval or not self.task.evaluates or self.stop.requested:
             return
         if not (last or self.step % settings.eval_interval == 0) or self.step in self.run.eval.steps():
             return
@@ -584,30 +514,21 @@ class _Training:
             self._read_meter()
         began = time.perf_counter()
         self.display.doing("evaluating")
-        episodes = self.rollouts.run(
+        metrics = self.task.evaluate(
             self.agent,
-            episodes=settings.eval_episodes,
-            seed=_derived_seed(settings.seed, "evaluation", self.step),
-            should_stop=lambda: self.stop.requested is not None,
+            _derived_seed(settings.seed, "evaluation", self.step),
+            lambda: self.stop.requested is not None,
         )
         self.display.doing("")
         now = time.perf_counter()
         # The rate of updates does not count time spent here.
         self.interval_began = (self.interval_began[0], self.interval_began[1] + now - began)
-        if episodes is None:
+        if metrics is None:
             return
-        metrics = episodes.metrics()
         row = {f"evaluation/{name}": value for name, value in metrics.items()}
-        row |= {
-            "evaluation/episodes": settings.eval_episodes,
-            "time/evaluation": now - began,
-            "time/total_time": now - self.began,
-        }
+        row |= {"time/evaluation": now - began, "time/total_time": now - self.began}
         self.run.log(self.run.eval, self.step, row, tensorboard=settings.tensorboard)
-        self.display.line(
-            f"update {self.step:,}: success {metrics['success']:.2f} over {settings.eval_episodes} episodes, "
-            f"return {metrics['episode.return']:.1f}, length {metrics['episode.length']:.1f}"
-        )
+        self.display.line(f"update {self.step:,}: {self.task.describe(metrics)}")
 
 
 def _derived_seed(seed: int, *path: str | int) -> int:
@@ -616,50 +537,8 @@ def _derived_seed(seed: int, *path: str | int) -> int:
     return int(np.random.SeedSequence([seed, *words]).generate_state(1)[0])
 
 
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.expanduser().resolve())
-
-
-def _quote(path: Path) -> str:
-    return shlex.quote(str(path))
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _dataset_facts(data: Dataset, validation: Dataset | None, settings: TrainSettings) -> dict[str, Any]:
-    rewards = data.tensors["rewards"]
-    return {
-        "name": data.name,
-        "path": _absolute(settings.dataset_path or settings.dataset_dir),
-        "rows": len(data),
-        "validation_rows": 0 if validation is None else len(validation),
-        "bytes": data.nbytes,
-        "obs_dim": data.obs_dim,
-        "action_dim": data.action_dim,
-        "reward_min": float(rewards.min()),
-        "reward_max": float(rewards.max()),
-        "reward_mean": float(rewards.double().mean()),
-        "fingerprint": tensor_fingerprint(data.tensors),
-    }
-
-
-def _agent_arguments(data: Dataset, settings: TrainSettings) -> dict[str, Any]:
-    rewards = data.tensors["rewards"]
-    statistics = None
-    if settings.observation_scale:
-        observations = data.tensors["observations"].double()
-        mean, std = observations.mean(0), observations.std(0, correction=0)
-        # An observation that never changes is only centred.
-        std = torch.where(std < 1e-6, torch.ones_like(std), std) / settings.observation_scale
-        statistics = [mean.float().tolist(), std.float().tolist()]
-    return {
-        "obs_dim": data.obs_dim,
-        "action_dim": data.action_dim,
-        "reward_range": [float(rewards.min()), float(rewards.max())],
-        "observation_statistics": statistics,
-    }
 
 
 class _Meter:
@@ -744,7 +623,7 @@ class _Stop:
 class _Display:
     """A progress bar on a terminal; elsewhere one line per log point."""
 
-    def __init__(self, settings: TrainSettings, step: int, out: Callable[[str], None]) -> None:
+    def __init__(self, settings: LoopSettings[Any], step: int, out: Callable[[str], None]) -> None:
         self.out = out
         self.steps = settings.steps
         self.step = step

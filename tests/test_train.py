@@ -12,8 +12,9 @@ import torch
 
 from fastflow.errors import UserError
 from fastflow.evaluate import evaluate_runs
+from fastflow.offline import TrainSettings
 from fastflow.record import Run, load_agent, load_checkpoint, save_checkpoint
-from fastflow.train import TrainSettings, default_settings, parse, settings_from_config, train
+from fastflow.train import default_settings, parse, settings_from_config, train
 
 pytest.importorskip("ogbench")
 pytest.importorskip("tyro")

@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["NAMES", "config_class", "make", "module"]
+__all__ = ["NAMES", "Entry", "command", "config_class", "make", "module", "settings_class", "task_class"]
 
-NAMES: dict[str, tuple[str, str, str]] = {
-    "floq": ("fastflow.agents.floq", "FloqConfig", "FloqAgent"),
+
+class Entry(NamedTuple):
+    """Where the parts of an algorithm are, as (module, name)."""
+
+    config: tuple[str, str]
+    """The configuration class; its module has `PRESETS`, `LOOP_PRESETS` and `preset_for` too."""
+    agent: tuple[str, str]
+    settings: tuple[str, str]
+    """Settings of its training: a subclass of `fastflow.settings.LoopSettings`."""
+    task: tuple[str, str]
+    """What it is trained on: a `fastflow.train.Task`."""
+    evaluate: tuple[str, str]
+    plot: tuple[str, str]
+    """What `fastflow evaluate` and `fastflow plot` do with its runs."""
+
+
+NAMES: dict[str, Entry] = {
+    "floq": Entry(
+        ("fastflow.agents.floq", "FloqConfig"),
+        ("fastflow.agents.floq", "FloqAgent"),
+        ("fastflow.offline", "TrainSettings"),
+        ("fastflow.offline", "OfflineTask"),
+        ("fastflow.evaluate", "evaluate_runs"),
+        ("fastflow.plot", "plot_runs"),
+    ),
+    "td2-cfm": Entry(
+        ("fastflow.agents.td2_cfm", "Td2CfmConfig"),
+        ("fastflow.agents.td2_cfm", "Td2CfmAgent"),
+        ("fastflow.horizon", "HorizonSettings"),
+        ("fastflow.horizon", "HorizonTask"),
+        ("fastflow.horizon", "evaluate_runs"),
+        ("fastflow.horizon_figures", "plot_runs"),
+    ),
 }
-"""Name of an algorithm: its module (which has `PRESETS` and `preset_for` too), configuration class and agent class."""
+"""The algorithms by the names that the command line knows."""
 
 
 def module(name: str) -> ModuleType:
@@ -20,9 +52,7 @@ def module(name: str) -> ModuleType:
     Raises:
         ValueError: there is no such algorithm.
     """
-    if name not in NAMES:
-        raise ValueError(f"agent: expected one of {sorted(NAMES)}, got {name!r}")
-    return importlib.import_module(NAMES[name][0])
+    return importlib.import_module(_entry(name).config[0])
 
 
 def config_class(name: str) -> type:
@@ -31,7 +61,34 @@ def config_class(name: str) -> type:
     Raises:
         ValueError: there is no such algorithm.
     """
-    return getattr(module(name), NAMES[name][1])
+    return _load(_entry(name).config)
+
+
+def settings_class(name: str) -> type:
+    """The settings dataclass that `fastflow train` fills for the algorithm `name`.
+
+    Raises:
+        ValueError: there is no such algorithm.
+    """
+    return _load(_entry(name).settings)
+
+
+def task_class(name: str) -> Any:
+    """The class of what the algorithm `name` is trained on.
+
+    Raises:
+        ValueError: there is no such algorithm.
+    """
+    return _load(_entry(name).task)
+
+
+def command(name: str, which: str) -> Callable[..., Any]:
+    """What the command `which` ("evaluate" or "plot") does with runs of the algorithm `name`.
+
+    Raises:
+        ValueError: there is no such algorithm.
+    """
+    return _load(getattr(_entry(name), which))
 
 
 def make(name: str, config: Any, **arguments: Any) -> Any:
@@ -40,10 +97,20 @@ def make(name: str, config: Any, **arguments: Any) -> Any:
     Args:
         name: one of `NAMES`.
         config: of `config_class(name)`.
-        **arguments: of the agent class: obs_dim, action_dim, reward_range, device, seed, observation_statistics.
+        **arguments: of the agent class, such as obs_dim, action_dim, device, seed.
 
     Raises:
         ValueError: there is no such algorithm, or an argument that cannot be.
         TypeError: `config` is another algorithm's.
     """
-    return getattr(module(name), NAMES[name][2])(config, **arguments)
+    return _load(_entry(name).agent)(config, **arguments)
+
+
+def _entry(name: str) -> Entry:
+    if name not in NAMES:
+        raise ValueError(f"agent: expected one of {sorted(NAMES)}, got {name!r}")
+    return NAMES[name]
+
+
+def _load(where: tuple[str, str]) -> Any:
+    return getattr(importlib.import_module(where[0]), where[1])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import ops, reference
+from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, ready_moments
 from fastflow.fields import Cosine, CosineFourier, RawTime, Scaled, TimeEmbedding
 from fastflow.modules import FlowCritic, FlowPolicy, OneStepPolicy, ValueNetwork, value_ranges
 
@@ -103,36 +104,8 @@ class FloqConfig:
     """Matrix products of all networks; None follows torch's settings."""
 
     def __post_init__(self) -> None:
-        for name in ("value_hidden_dims", "actor_hidden_dims"):
-            value = getattr(self, name)
-            if not isinstance(value, (tuple, list)):
-                raise TypeError(f"FloqConfig: {name} must be a tuple of ints, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
-            if not value:
-                raise ValueError(f"FloqConfig: {name} must name at least one width, got ()")
-            for width in value:
-                self._check_int(name, width, 1)
-        for name, least in _LEAST.items():
-            self._check_int(name, getattr(self, name), least)
-        for name, (test, expected) in _RANGES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"FloqConfig: {name} must be a number, got {value!r}")
-            if not (math.isfinite(value) and test(value)):
-                raise ValueError(f"FloqConfig: {name} must be {expected}, got {value}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"FloqConfig: {name} must be one of {choices}, got {getattr(self, name)!r}")
-        for field in dataclasses.fields(self):
-            if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
-                raise TypeError(f"FloqConfig: {field.name} must be True or False, got {getattr(self, field.name)!r}")
-
-    @staticmethod
-    def _check_int(name: str, value: object, least: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"FloqConfig: {name} must be an int, got {value!r}")
-        if value < least:
-            raise ValueError(f"FloqConfig: {name} must be at least {least}, got {value}")
+        check_widths(self, "value_hidden_dims", "actor_hidden_dims")
+        check_config(self, _LEAST, _RANGES, _CHOICES)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the update that `step` updates came before."""
@@ -221,6 +194,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings by name, as what differs from `FloqConfig()`. `<environment>-<dataset type>` is the published offline
 setting with K = 8 and a noise coverage of 0.1 everywhere, `/best` the one with both tuned, `/online` that of online
 fine-tuning."""
+
+LOOP_PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes on one CPU core.
+    "pointmaze-arena-demo": {
+        "steps": 15_000,
+        "observation_scale": 4.0,
+        "log_interval": 500,
+        "eval_interval": 3_000,
+        "save_interval": 3_000,
+        "threads": 1,
+    },
+}
+"""Defaults of the training loop that go with a preset; its general ones go with the published presets."""
 
 
 def preset_for(env_name: str) -> str | None:
@@ -425,13 +411,7 @@ class FloqAgent:
         self.optimizer = torch.optim.Adam(
             self._trained.values(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=_can_fuse(self.device)
         )
-        for parameter in self._trained.values():
-            # What Adam would make at its first step, here so that every state of the agent has the same tensors.
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=self.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        ready_moments(self.optimizer, self.device)
 
     def _statistics(self, statistics: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
         if statistics is None:
@@ -660,24 +640,11 @@ class FloqAgent:
             TypeError: not tensors.
         """
         own, tensors = self.state_dict(), self._tensors()
-        missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-        if missing or unexpected:
-            raise ValueError(f"FloqAgent.load_state_dict: missing {_some(missing)}; unexpected {_some(unexpected)}")
-        for name, expected in own.items():
-            given = state[name]
-            if not isinstance(given, Tensor):
-                raise TypeError(f"FloqAgent.load_state_dict: {name} must be a Tensor, got {type(given).__name__}")
-            if given.shape != expected.shape or given.dtype != expected.dtype:
-                raise ValueError(
-                    f"FloqAgent.load_state_dict: {name} must be {list(expected.shape)} {expected.dtype}, "
-                    f"got {list(given.shape)} {given.dtype}"
-                )
+        check_state("FloqAgent", own, state)
         if not torch.equal(state["reward_range"].cpu(), own["reward_range"]):
             other = tuple(state["reward_range"].tolist())
             raise ValueError(f"FloqAgent.load_state_dict: reward_range must be {self.reward_range}, got {other}")
         step = int(state["step"])
-        if step < 0:
-            raise ValueError(f"FloqAgent.load_state_dict: step must be at least 0, got {step}")
         try:
             self.generator.set_state(state["generator"].cpu())
         except RuntimeError as error:
@@ -722,17 +689,7 @@ class FloqAgent:
         self._check("masks", batch["masks"], (b,))
 
     def _check(self, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"FloqAgent: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.dim() != len(shape) or any(
-            n is not None and n != m for n, m in zip(shape, tensor.shape, strict=True)
-        ):
-            expected = ", ".join("N" if n is None else str(n) for n in shape)
-            raise ValueError(f"FloqAgent: {name} must be [{expected}], got {list(tensor.shape)}")
-        if tensor.dtype != self.dtype:
-            raise TypeError(f"FloqAgent: {name} must be {self.dtype}, got {tensor.dtype}")
-        if tensor.device.type != self.device.type or self.device.index not in (None, tensor.device.index):
-            raise ValueError(f"FloqAgent: {name} must be on {self.device}, got {tensor.device}")
+        check_tensor("FloqAgent", name, tensor, shape, self.dtype, self.device)
 
 
 def _time_embedding(config: FloqConfig) -> TimeEmbedding:
@@ -743,8 +700,3 @@ def _time_embedding(config: FloqConfig) -> TimeEmbedding:
 
 def _can_fuse(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
-
-
-def _some(names: list[str]) -> str:
-    """Names for an error message, not hundreds of them."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "nothing"

@@ -1,0 +1,44 @@
+"""Experiments: ablations and comparisons as declarations that one command runs, repeats and draws.
+
+They are found here by name, and imported only when asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fastflow.errors import UserError
+
+if TYPE_CHECKING:
+    from fastflow.experiments.declare import Experiment
+
+__all__ = ["NAMES", "load"]
+
+NAMES: dict[str, tuple[str, str]] = {
+    "td2-linear-gaussian": ("fastflow.experiments.td2_cfm", "LINEAR_GAUSSIAN"),
+    "td2-pointmaze": ("fastflow.experiments.td2_cfm", "POINTMAZE"),
+    "td2-planning": ("fastflow.experiments.td2_cfm", "PLANNING"),
+    "td2-curved": ("fastflow.experiments.td2_cfm", "CURVED"),
+    "td2-steps": ("fastflow.experiments.td2_cfm", "STEPS"),
+    "td2-diffusion": ("fastflow.experiments.td2_cfm", "DIFFUSION"),
+}
+"""Name of an experiment: the module that declares it, and its name there."""
+
+
+def load(name: str) -> Experiment:
+    """The experiment `name`.
+
+    Raises:
+        UserError: there is no such experiment; the message suggests the nearest and lists them.
+    """
+    if name not in NAMES:
+        from fastflow.envs import nearest
+
+        there = f"there are {', '.join(sorted(NAMES))}" if NAMES else "there are none"
+        raise UserError(f"no experiment {name!r}{nearest(name, sorted(NAMES))}; {there}")
+    module, attribute = NAMES[name]
+    experiment: Experiment = getattr(importlib.import_module(module), attribute)
+    if experiment.name != name:
+        raise ValueError(f"{module}.{attribute}: expected an experiment of name {name!r}, got {experiment.name!r}")
+    return experiment

@@ -1,0 +1,76 @@
+"""Settings that the training of every agent has; what comes besides, the kind of its task brings (`fastflow.offline`,
+`fastflow.horizon`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Generic, Literal, TypeVar
+
+__all__ = ["AgentConfig", "LoopSettings"]
+
+AgentConfig = TypeVar("AgentConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings(Generic[AgentConfig]):
+    """Trains an agent and leaves a run folder (config.json, train.csv, eval.csv, checkpoints).
+
+    Ctrl-C saves a checkpoint and prints the command that goes on from it, bit for bit.
+
+    Raises:
+        ValueError: a setting that cannot be; it names the field.
+    """
+
+    env: str
+    """Task, by name."""
+    agent: AgentConfig
+    """The algorithm's own settings. Defaults are those of the preset; a flag given here wins over it."""
+    preset: str = "auto"
+    """Named settings of the agent: auto takes the published ones for the task, none takes the defaults."""
+    seed: int = 0
+    """Decides initial weights, batches and noise."""
+    steps: int = 2_000_000
+    """Updates in all."""
+    log_interval: int = 5_000
+    """Updates between rows of train.csv, each the mean over its interval."""
+    eval_interval: int = 20_000
+    """Updates between evaluations, which also take place before the first update and after the last; 0 is never."""
+    save_interval: int = 100_000
+    """Updates between checkpoints, besides the one at the end; 0 is only at the end."""
+    keep_checkpoints: int = 0
+    """Newest checkpoints to keep; 0 keeps all."""
+    run_dir: Path | None = None
+    """Where to record the run; by default runs/ENV__AGENT__seedN. It must not exist yet, or be empty."""
+    resume: Path | None = None
+    """Run folder to go on with. Its settings are the defaults then; those of the agent, task and seed cannot change."""
+    device: str = "auto"
+    """auto (CUDA where there is a GPU), cpu, cuda or cuda:N."""
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """float32 matrix products on a GPU, as in torch.set_float32_matmul_precision. high is TF32, which the published JAX
+    code had by default on such GPUs. The CPU always multiplies in float32."""
+    threads: int = 0
+    """Threads of torch on the CPU; 0 leaves torch's choice."""
+    progress: bool = True
+    """Progress bar, if the output is a terminal."""
+    tensorboard: bool = True
+    """TensorBoard events besides the CSV files."""
+
+    fixed: ClassVar[tuple[str, ...]] = ("env", "seed", "matmul_precision", "agent")
+    """Settings that define the run; another value is another run. The rest may change on resuming."""
+    least: ClassVar[Mapping[str, int]] = {
+        "seed": 0,
+        "steps": 0,
+        "log_interval": 1,
+        "eval_interval": 0,
+        "save_interval": 0,
+        "keep_checkpoints": 0,
+        "threads": 0,
+    }
+
+    def __post_init__(self) -> None:
+        for name, bound in self.least.items():
+            value = getattr(self, name)
+            if isinstance(value, int) and value < bound:
+                raise ValueError(f"{name}: expected at least {bound}, got {value}")
