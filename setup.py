@@ -20,6 +20,7 @@ rl = [
     "gymnasium>=1.0",
     f"ogbench>=1.2; {by_pip}",
     "safetensors>=0.4",
+    "scipy>=1.11",
     "tensorboard>=2.16",
     "tqdm>=4.66",
     "tyro>=0.9",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from fastflow.ops import flow_matching_loss, integrate, velocity_matching_loss
     from fastflow.philox import PhiloxNoise
+    from fastflow.successor import SuccessorFlow
 
 __all__ = [
     "MLP",
@@ -56,6 +57,7 @@ __all__ = [
     "ResidualMLP",
     "Scaled",
     "Sinusoidal",
+    "SuccessorFlow",
     "ValueNetwork",
     "VelocityField",
     "__version__",
@@ -84,6 +86,7 @@ _MODULES = {
     "modules": ["FlowCritic", "FlowPolicy", "FrozenFlowCritic", "FrozenFlowPolicy", "OneStepPolicy", "ValueNetwork"],
     "ops": ["flow_matching_loss", "integrate", "velocity_matching_loss"],
     "philox": ["PhiloxNoise"],
+    "successor": ["SuccessorFlow"],
 }
 
 

@@ -101,26 +101,40 @@ def _collect(argv: list[str]) -> int:
         val_episodes: int | None = None,
         seed: int = 0,
         noise: float | None = None,
+        transitions: int = 1_000_000,
+        policy: str | None = None,
         overwrite: bool = False,
         progress: bool = True,
     ) -> dict[str, Any]:
-        """Makes the files of an OGBench dataset with the scripted policies that ship in the ogbench package.
+        """Makes the files of an OGBench dataset with the scripted policies that ship in the ogbench package, or one
+        file with transitions of a world such as linear-gaussian or pointmass-maze.
 
         Interrupted, the same command goes on where it stopped.
 
         Args:
-            name: Dataset, such as cube-single-play-v0, or an environment that uses it.
+            name: Dataset, such as cube-single-play-v0, an environment that uses it, or a world.
             dataset_dir: Folder for the files; by default OGBench's own, ~/.ogbench/data.
             episodes: Training episodes; by default as many as published.
             val_episodes: Validation episodes; by default a tenth of the training episodes.
             seed: Decides every episode.
             noise: Action noise; by default as published.
+            transitions: Rows to collect (worlds).
+            policy: Named policy that collects instead of the world's behaviour policy (worlds).
             overwrite: Replace existing files, once the new ones are complete.
             progress: Progress bar, if the output is a terminal.
         """
         return locals()
 
     options = _parse(collect, argv, "collect")
+    from fastflow.worlds import WORLDS
+
+    world = {name: options.pop(name) for name in ("transitions", "policy")}
+    if options["name"] in WORLDS:
+        from fastflow.worlds.files import collect as collect_world
+
+        shared = {name: options[name] for name in ("dataset_dir", "seed", "overwrite")}
+        print(collect_world(options["name"], **shared, **world))
+        return 0
     from fastflow.collect import collect as make
 
     try:

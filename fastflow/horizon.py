@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastflow.data import open_npz, read_array
-from fastflow.distances import emd, mmd, sliced_wasserstein
+from fastflow.distances import MAX_EMD_SAMPLES, emd, mmd, sliced_wasserstein
 from fastflow.errors import UserError
 from fastflow.info import versions
 from fastflow.record import Run, absolute, load_agent, spread, tensor_fingerprint, write_json
 from fastflow.settings import AgentConfig, LoopSettings
 from fastflow.successor import SuccessorFlow
-from fastflow.worlds import World, from_trajectories, make_world
+from fastflow.worlds import World, make_world
+from fastflow.worlds.files import load_transitions
 
-__all__ = ["HorizonSettings", "HorizonTask", "Truth", "compare", "evaluate_runs", "load_transitions", "make_truth"]
+__all__ = ["HorizonSettings", "HorizonTask", "Truth", "compare", "evaluate_runs", "make_truth"]
 
 _SAMPLES = 64
 _CHUNK = 65_536  # rows whose next actions are computed together
@@ -61,6 +61,14 @@ class HorizonSettings(LoopSettings[AgentConfig]):
         "eval_states": 1,
         "eval_samples": 1,
     }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.eval_samples, int) and self.eval_samples > MAX_EMD_SAMPLES:
+            raise ValueError(
+                f"eval_samples: expected at most {MAX_EMD_SAMPLES}, got {self.eval_samples}: the costs of an exact "
+                f"assignment would take {8 * self.eval_samples**2:,} bytes"
+            )
 
 
 class HorizonModel(Protocol):
@@ -452,41 +460,3 @@ def policies_of(world: World, name: str, count: int) -> Tensor | None:
         return None
     names = list(world.policies) if name == "all" else [name]
     return torch.tensor([world.policies[names[i % len(names)]] for i in range(count)])
-
-
-def load_transitions(path: Path, world: World) -> dict[str, Tensor]:
-    """Transitions of a world from an npz file: rows as `save_transitions` writes them, or trajectories in OGBench's
-    format, whose rows then know the next action too.
-
-    Raises:
-        UserError: no such file, a missing key, other widths than the world's, a state that is not finite.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    widths = {"observations": world.state_dim, "actions": world.action_dim}
-    arrays: dict[str, Tensor] = {}
-    with open_npz(path) as file:
-        rows = "next_observations" in file.files
-        names = ["observations", "actions", "next_observations", "masks"] if rows else [*widths, "terminals"]
-        if rows and "next_actions" in file.files:
-            names.append("next_actions")
-        for name in names:
-            array = read_array(file, path, name)
-            width = widths.get(name.removeprefix("next_"))
-            if width is not None and array.shape[1:] != (width,):
-                raise UserError(
-                    f"{path}: {name!r}: expected rows of {width} numbers, as {world.name} has, got shape "
-                    f"{list(array.shape)}"
-                )
-            if arrays and len(array) != len(arrays["observations"]):
-                raise UserError(
-                    f"{path}: {name!r}: expected {len(arrays['observations'])} rows like 'observations', got "
-                    f"{len(array)}"
-                )
-            arrays[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    if rows:
-        return arrays
-    try:
-        return from_trajectories(*(arrays[name] for name in names))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error

@@ -467,8 +467,9 @@ class Td2CfmAgent:
 
     def gradient(self, batch: Mapping[str, Tensor], noise: Td2CfmNoise, variant: str | None = None) -> Tensor:
         """The loss's gradient as one vector [P], for measuring its variance (paper, Theorem 5)."""
-        loss, _ = self.losses(batch, noise, variant)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(self.online.parameters()))])
+        with torch.enable_grad():  # also for a consumer that runs without
+            loss, _ = self.losses(batch, noise, variant)
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(self.online.parameters()))])
 
     # State ----------------------------------------------------------------------------------------------------------
 
