@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 something the user can put right (printed as `error: ...`)
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import sys
 import typing
@@ -23,7 +24,7 @@ usage: fastflow COMMAND [OPTIONS]
 
 commands:
   collect NAME   make an OGBench dataset locally with scripted policies
-  train AGENT    train floq or td2-cfm; --env NAME, --resume RUN
+  train AGENT    train floq, td2-cfm or fb; --env NAME, --resume RUN
   evaluate RUN   test what a saved run has learnt
   plot RUN       draw learning curves of saved runs, and what they learnt
   experiment NAME  run, repeat and draw a comparison
@@ -254,9 +255,9 @@ def _evaluate(argv: list[str]) -> int:
             raise UserError(f"{name}: expected at least 1, got {options[name]}")
     runs = options.pop("runs")
     command = _command(runs, "evaluate")
-    policy = {"episodes": options.pop("episodes"), "num_envs": options.pop("envs")}
-    successor = {name: options.pop(name) for name in ("states", "samples")}
-    command(runs, **options, **(policy if command.__module__ == "fastflow.evaluate" else successor))
+    options["num_envs"] = options.pop("envs")
+    taken = inspect.signature(command).parameters
+    command(runs, **{name: value for name, value in options.items() if name in taken})
     return 0
 
 

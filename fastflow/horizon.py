@@ -48,12 +48,14 @@ class HorizonSettings(LoopSettings[AgentConfig]):
     """Decides the collected transitions, and the states and true futures of evaluations."""
     dataset_path: Path | None = None
     """Dataset file (npz) instead: by fastflow collect, or trajectories in OGBench's format."""
+    policies: Path | None = None
+    """Run folder of agent fb, whose policies are the family instead of the world's own (the paper's planning)."""
     eval_states: int = 8
     """States at which an evaluation compares samples with true futures (the paper: 64)."""
     eval_samples: int = 1024
     """Samples per state (the paper: 2048)."""
 
-    fixed: ClassVar[tuple[str, ...]] = (*LoopSettings.fixed, "transitions", "data_seed")
+    fixed: ClassVar[tuple[str, ...]] = (*LoopSettings.fixed, "transitions", "data_seed", "policies")
     least: ClassVar[dict[str, int]] = {
         **LoopSettings.least,
         "transitions": 1,
@@ -126,7 +128,7 @@ class HorizonTask:
         out: Callable[[str], None],
     ) -> None:
         self.settings, self.device = settings, device
-        self.world = make_world(settings.env)
+        self.world = world_of(settings.env, settings.policies)
         self.policy = self._policy()
         self.family = self.policy == "all"
         if self.policy == "behaviour" and settings.agent.variant == "mc-cfm":
@@ -138,9 +140,8 @@ class HorizonTask:
             "rows": len(self.data["observations"]),
             "bytes": sum(value.nbytes for value in self.data.values()),
             "policy": self.policy,
-            "fingerprint": tensor_fingerprint(self.data),
+            "fingerprint": tensor_fingerprint({**self.data, "policies": torch.tensor([*self.world.policies.values()])}),
         }
-        self._embeddings = torch.tensor(list(self.world.policies.values()), device=device) if self.family else None
         self.arguments = self._arguments() if arguments is None else arguments
         self._target_actions()
         if self.policy == "behaviour":
@@ -192,8 +193,9 @@ class HorizonTask:
             "policy_dim": self.world.policy_dim if self.family else 0,
             "state_statistics": _statistics(self.data["next_observations"]) if normalize else None,
         }
-        if self._embeddings is not None and normalize:
-            arguments["policy_statistics"] = _statistics(self._embeddings)
+        if self.family and normalize:
+            draws = self.world.draw_policies(_CHUNK, torch.Generator().manual_seed(self.settings.data_seed))
+            arguments["policy_statistics"] = _statistics(draws)
         return arguments
 
     def _target_actions(self) -> None:
@@ -211,10 +213,9 @@ class HorizonTask:
         rows = len(source["observations"])
         index = torch.randint(rows, (batch_size,), generator=generator, device=self.device)
         batch = {key: value.index_select(0, index) for key, value in source.items() if key != "futures"}
-        if self._embeddings is not None:
+        if self.family:
             if "policies" not in batch:
-                chosen = torch.randint(len(self._embeddings), (batch_size,), generator=generator, device=self.device)
-                batch["policies"] = self._embeddings[chosen]
+                batch["policies"] = self.world.draw_policies(batch_size, generator)
             batch["next_actions"] = self.world.act(batch["next_observations"], batch["policies"])
         if monte_carlo:
             batch["futures"] = self._futures(batch, source, index, generator)
@@ -242,9 +243,8 @@ class HorizonTask:
         rows = spread(len(self.data["observations"]), _POOL).to(self.device)
         pool = {key: value[rows] for key, value in self.data.items()}
         w = None if self.family else self.world.w(self.policy)
-        if self._embeddings is not None:
-            chosen = torch.randint(len(self._embeddings), (len(rows),), generator=generator, device=self.device)
-            w = pool["policies"] = self._embeddings[chosen]
+        if self.family:
+            w = pool["policies"] = self.world.draw_policies(len(rows), generator)
         gamma = self.settings.agent.gamma
         pool["futures"] = self.world.futures(pool["observations"], pool["actions"], w, gamma, _POOL_FUTURES, generator)
         return pool
@@ -430,7 +430,8 @@ def evaluate_runs(
     records = []
     print(f"{'EMD':>8} {'floor':>8} {'MSE(V)':>10} {'NLL/d':>8} {'step':>9}  run")
     for run in map(Run.open, paths):
-        world, name = make_world(run.config["env"]), run.config["dataset"]["policy"]
+        name, family = run.config["dataset"]["policy"], run.config["policies"]
+        world = world_of(run.config["env"], None if family is None else Path(family))
         if name == "behaviour":
             raise UserError(f"{run.path}: policy behaviour cannot be asked for actions, so there are no true futures")
         truth = None
@@ -452,6 +453,16 @@ def evaluate_runs(
             write_json(run.path / "evaluations" / f"step_{saved.step:08d}_seed{seed}.json", record)
             records.append(record)
     return records
+
+
+def world_of(name: str, policies: Path | None) -> World:
+    """The world of a name, with the policies of an agent's run folder in place of its own if there is one."""
+    world = make_world(name)
+    if policies is None:
+        return world
+    from fastflow.family import LearntFamily
+
+    return LearntFamily.of_run(world, Run.open(policies))
 
 
 def policies_of(world: World, name: str, count: int) -> Tensor | None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastflow.errors import UserError
-from fastflow.horizon import make_truth
+from fastflow.horizon import make_truth, world_of
 from fastflow.plot import COLORS, column, draw_losses, figure_style, labels_of, new_figure, save_figure, updates_axis
 from fastflow.record import Run, load_agent
 from fastflow.successor import SuccessorFlow
-from fastflow.worlds import World, make_world
+from fastflow.worlds import World
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,7 +140,8 @@ def plot_runs(
     run = runs[0]
     folder = run.path / "figures" if output is None else Path(output)
     agent, saved = load_agent(run, checkpoint, "cpu")
-    model, world = agent.model, make_world(run.config["env"])
+    family = run.config["policies"]
+    model, world = agent.model, world_of(run.config["env"], None if family is None else Path(family))
     name = run.config["dataset"]["policy"]
     if name == "behaviour":
         raise UserError(

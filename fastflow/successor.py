@@ -35,6 +35,8 @@ class SuccessorFlow(nn.Module):
         gamma_range: (low, high) if the model is conditioned on the discount too; `gamma` is then the default of a call.
         state_mean, state_std: [D] each; the field works on (state - mean) / std, the model takes and gives raw states.
         policy_mean, policy_std: [W] each, likewise for w.
+        cond_scale: what the field is conditioned on is this many times as large as what it samples: the scaled state
+            and w. Where a step is small beside the range of states, larger values let the network tell steps apart.
         hidden, activation, norm, norm_first, time_embedding, architecture: of the velocity network, see `FieldSpec`.
             The defaults are the paper's: a FiLM U-Net of width 512, mish, sinusoids of time.
         num_steps, method: K and the solver of a call (the paper: 10 midpoint steps).
@@ -63,6 +65,7 @@ class SuccessorFlow(nn.Module):
         state_std: Tensor | Sequence[float] | None = None,
         policy_mean: Tensor | Sequence[float] | None = None,
         policy_std: Tensor | Sequence[float] | None = None,
+        cond_scale: float = 1.0,
         hidden: Sequence[int] = (512, 512, 512),
         activation: str = "mish",
         norm: str | None = None,
@@ -85,6 +88,9 @@ class SuccessorFlow(nn.Module):
             )
         self.state_dim, self.action_dim, self.policy_dim = state_dim, action_dim, policy_dim
         self.gamma, self.gamma_range = float(gamma), gamma_range
+        if not 0 < cond_scale < math.inf:
+            raise ValueError(f"SuccessorFlow: cond_scale must be a positive number, got {cond_scale}")
+        self.cond_scale = float(cond_scale)
         features = GAMMA_FEATURES if gamma_range else 0
         spec = FieldSpec(
             state_dim,
@@ -138,13 +144,13 @@ class SuccessorFlow(nn.Module):
         lead = obs.shape[:-1]
         _check("obs", obs, (*lead, self.state_dim))
         _check("action", action, (*lead, self.action_dim))
-        parts = [self.encode(obs), action]
+        parts = [self.cond_scale * self.encode(obs), action]
         if self.policy_dim:
             if w is None:
                 raise ValueError(f"SuccessorFlow: w must be [..., {self.policy_dim}], the policy's embedding, got None")
             if w.shape != (self.policy_dim,):
                 _check("w", w, (*lead, self.policy_dim))
-            w = (w.to(obs.dtype) - self.policy_mean) / self.policy_std
+            w = self.cond_scale * (w.to(obs.dtype) - self.policy_mean) / self.policy_std
             parts.append(w.expand(*lead, self.policy_dim))
         elif w is not None:
             raise ValueError(f"SuccessorFlow: w must be None for a model of one policy, got {list(w.shape)}")

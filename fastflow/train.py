@@ -47,7 +47,7 @@ from fastflow.settings import LoopSettings
 __all__ = ["Task", "TrainResult", "default_settings", "parse", "preset_config", "train"]
 
 # Settings that are paths, of whichever task.
-_PATHS = ("dataset_dir", "dataset_path")
+_PATHS = ("dataset_dir", "dataset_path", "policies")
 
 _DISPLAY_SECONDS = 2.0
 

@@ -42,6 +42,14 @@ NAMES: dict[str, Entry] = {
         ("fastflow.horizon", "evaluate_runs"),
         ("fastflow.horizon_figures", "plot_runs"),
     ),
+    "fb": Entry(
+        ("fastflow.agents.forward_backward", "ForwardBackwardConfig"),
+        ("fastflow.agents.forward_backward", "ForwardBackwardAgent"),
+        ("fastflow.family", "FamilySettings"),
+        ("fastflow.family", "FamilyTask"),
+        ("fastflow.family", "evaluate_runs"),
+        ("fastflow.family", "plot_runs"),
+    ),
 }
 """The algorithms by the names that the command line knows."""
 

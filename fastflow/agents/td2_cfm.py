@@ -108,6 +108,9 @@ class Td2CfmConfig:
     """Activation of all layers."""
     normalize: bool = False
     """The field sees states centred and scaled by the data's statistics; the paper leaves it open."""
+    cond_scale: float = 1.0
+    """The state that the field is conditioned on is this many times as large as the states it samples. Where a step is
+    small beside the range of states, as in mazes, larger values let the network tell neighbouring states apart."""
     lr_decay_steps: int = 0
     """Updates over which the learning rate falls by a half cosine; 0 keeps it constant, as published."""
     lr_final: float = 0.05
@@ -159,6 +162,7 @@ _LEAST |= {"lr_decay_steps": 0}
 _RANGES = {
     "gamma": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "lr": (lambda x: x > 0, "a positive number"),
+    "cond_scale": (lambda x: x > 0, "a positive number"),
     "weight_decay": (lambda x: x >= 0, "at least 0"),
     "adam_eps": (lambda x: x > 0, "a positive number"),
     "lr_final": (lambda x: 0 <= x <= 1, "in [0, 1]"),
@@ -558,6 +562,7 @@ def make_model(
         policy_dim=policy_dim,
         gamma_range=None if config.gamma_low is None else (config.gamma_low, config.gamma),
         **statistics,
+        cond_scale=config.cond_scale,
         hidden=config.hidden,
         activation=config.activation,
         time_embedding=time,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +44,9 @@ class World(abc.ABC):
     """(left, right, bottom, top) of every wall, for pictures."""
     horizon: int = 1000
     """Steps of a trajectory of `transitions`."""
-    deterministic: ClassVar[bool] = False
+    deterministic: bool = False
     """Whether `step` and `act` involve no chance, so that one rollout says all."""
-    exact: ClassVar[bool] = False
+    exact: bool = False
     """Whether `log_density`, `velocity`, `moments` and `values` are closed forms."""
 
     # --- what a world defines -----------------------------------------------------------------------------------------
@@ -98,6 +98,17 @@ class World(abc.ABC):
         if not self.policy_dim:
             return None
         return torch.tensor(self.policies[next(iter(self.policies)) if policy is None else policy])
+
+    def draw_policies(self, num: int, generator: torch.Generator) -> Tensor:
+        """Embeddings [num, W] of random policies of the family: the named ones, uniformly.
+
+        Raises:
+            ValueError: the world has one policy alone.
+        """
+        if not self.policy_dim:
+            raise ValueError(f"draw_policies: {self.name} has one policy, and no embedding")
+        named = torch.tensor(list(self.policies.values()), device=generator.device)
+        return named[torch.randint(len(named), (num,), generator=generator, device=generator.device)]
 
     @torch.no_grad()
     def transitions(self, num: int, generator: torch.Generator, policy: str | None = None) -> dict[str, Tensor]:
