@@ -3,7 +3,8 @@
 TD^2-CFM (Farebrother et al., arXiv:2503.09817) learns the discounted distribution of future states: with weight 1 -
 gamma the flow regresses on the straight path to the next state, with weight gamma on the velocity of its own moving
 average, at a point where that walked from the next state and action. Here it is a plain MLP on the state and action
-sizes of a linear-Gaussian chain; `fastflow` has no agent for it.
+sizes of a linear-Gaussian chain: the update of `fastflow train td2-cfm --env linear-gaussian`, stated on its own so
+that every rival runs the same lines.
 """
 
 from __future__ import annotations

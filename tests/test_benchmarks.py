@@ -764,3 +764,26 @@ def test_jax_does_not_pass_over_what_it_lacks():
     case = dataclasses.replace(case, options={**case.options, "lr_decay_steps": 10})
     with pytest.raises(ValueError, match="constant learning rate"):
         jax_floq.JaxFloq(case.agent(CPU))
+
+
+def test_td2_update_is_the_agents():
+    from benchmarks.td2_update import Td2Case, Td2Learner
+    from fastflow.agents.td2_cfm import PRESETS, Td2CfmAgent, Td2CfmConfig
+
+    case = Td2Case()
+    settings = {**PRESETS["linear-gaussian"], "gamma": case.gamma}
+    config = Td2CfmConfig(**settings)
+    assert (config.hidden, config.batch_size, config.num_steps) == (case.hidden, case.batch_size, case.num_steps)
+    assert (config.target_rate, config.lr, config.weight_decay) == pytest.approx((case.tau, case.lr, case.weight_decay))
+    agent, learner = Td2CfmAgent(config, case.state_dim, case.action_dim), Td2Learner(case, "auto", None)
+    assert agent.online.field.spec == learner.field.spec
+    for mine, theirs in ((agent.online.field, learner.field), (agent.target.field, learner.target)):
+        mine.load_state_dict(theirs.state_dict())
+    batch = case.batches(1)[0]
+    (state, action), (_, next_action) = (batch[key].split(case.state_dim, -1) for key in ("cond", "next_cond"))
+    given = {"observations": state, "actions": action, "next_actions": next_action}
+    noise = agent.sample_noise({"observations": state})
+    _, metrics = agent.losses({**given, "next_observations": batch["next_state"]}, noise)
+    direct, bootstrap = learner.plain_losses(batch, noise.source, noise.time)
+    torch.testing.assert_close(metrics["direct_loss"], direct.detach())
+    torch.testing.assert_close(metrics["bootstrap_loss"], bootstrap.detach(), rtol=1e-4, atol=1e-6)

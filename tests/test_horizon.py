@@ -111,7 +111,7 @@ def test_worlds_and_policies_train(settings, env, policy, variant):
     assert model.policy_dim == (world.policy_dim if policy == "all" else 0)
     if policy == "all":
         embeddings = torch.tensor(list(world.policies.values()))
-        torch.testing.assert_close(model.policy_mean, embeddings.mean(0))
+        torch.testing.assert_close(model.policy_mean, embeddings.mean(0), atol=0.2, rtol=0.02)
     assert "evaluation/velocity_mse" not in row
 
 

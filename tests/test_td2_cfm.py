@@ -487,19 +487,19 @@ def test_every_preset_makes_an_agent_and_belongs_to_a_loop():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["single-policy", "multi-policy"])
 def test_published_presets_train_at_full_width(name):
-    # Fifty updates in all, the batch cut: the networks, solver and optimiser are the paper's.
-    config = Td2CfmConfig(**{**PRESETS[name], "batch_size": 16, "lr": 1e-3})
+    # Only the batch is cut: networks, solver and optimiser are the paper's.
+    config = Td2CfmConfig(**{**PRESETS[name], "batch_size": 8})
     policy_dim = 3 if config.policy == "all" else 0
     agent = Td2CfmAgent(config, 4, 2, policy_dim=policy_dim)
     millions = sum(p.numel() for p in agent.online.parameters()) / 1e6
     assert 7 < millions < 8 if name == "single-policy" else 25 < millions < 30
     source = generator(1)
     losses = []
-    for _ in range(50 if name == "single-policy" else 10):
-        batch = random_batch(16, obs_dim=4, policy_dim=policy_dim, seed=int(torch.randint(99, (), generator=source)))
+    for _ in range(50):
+        batch = random_batch(8, obs_dim=4, policy_dim=policy_dim, seed=int(torch.randint(99, (), generator=source)))
         losses.append(float(agent.update(batch)["direct_loss"]))
     assert all(map(math.isfinite, losses))
-    assert sum(losses[-5:]) < sum(losses[:5])
+    assert sum(losses[-10:]) < sum(losses[:10])
 
 
 # The model ---------------------------------------------------------------------------------------------------------

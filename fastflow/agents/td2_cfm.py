@@ -206,8 +206,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Small enough for one CPU core.
     "linear-gaussian": _CPU,
     "circle": _CPU,
-    "pointmaze": {**_CPU, "normalize": True, "num_steps": 5},
-    "pointmass": {**_CPU, "normalize": True, "num_steps": 5},
+    "pointmaze": {**_CPU, "normalize": True, "cond_scale": 8.0, "num_steps": 5},
+    "pointmass": {**_CPU, "normalize": True, "cond_scale": 8.0, "num_steps": 5},
 }
 """Settings by name, as what differs from `Td2CfmConfig()`. `single-policy` and `multi-policy` are the paper's (Table
 5); the others belong to a world and to a CPU."""
