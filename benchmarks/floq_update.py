@@ -103,7 +103,8 @@ def _update_by(agent: FloqAgent, losses: Callable[..., Any]) -> Callable[[Mappin
         (critic_loss + actor_loss).backward()
         networks = agent.networks
         target, online = list(networks.target_floq.parameters()), list(networks.floq.parameters())
-        torch._foreach_lerp_(target, online, agent.config.tau)
+        with torch.no_grad():
+            torch._foreach_lerp_(target, online, agent.config.tau)
         agent.optimizer.step()
         return metrics
 

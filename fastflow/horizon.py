@@ -28,6 +28,7 @@ _CHUNK = 65_536  # rows whose next actions are computed together
 # Rows with futures by rollout for Monte-Carlo training, and how many each has.
 _POOL, _POOL_FUTURES = 20_000, 32
 _NLL_SAMPLES = 256
+_EXACT_DIM = 8  # up to here a likelihood takes the exact trace
 _PROJECTIONS = 128
 # The velocity of the straight path is compared up to here: towards t = 1 the closed form is that of almost a point.
 _LATEST = 0.98
@@ -371,7 +372,8 @@ def compare(
     few = min(n, _NLL_SAMPLES)
     rows = [x.repeat_interleave(few, 0) for x in (states, actions)]
     own = None if w is None else w.repeat_interleave(few, 0)
-    log_prob = model.log_prob(futures[:, :few].flatten(0, 1), *rows, w=own)
+    kind: dict[str, Any] = {} if model.state_dim <= _EXACT_DIM else {"divergence": "hutchinson", "probes": 8}
+    log_prob = model.log_prob(futures[:, :few].flatten(0, 1), *rows, w=own, generator=generator, **kind)
     metrics["nll"] = -float(log_prob.double().mean()) / model.state_dim
     if world.exact and type(model) is SuccessorFlow:
         metrics["velocity_mse"] = velocity_error(model, world, states, actions, futures, generator)

@@ -321,6 +321,8 @@ def test_update_is_adam_and_the_target_lags_one_step():
                 assert np.array_equal(target, theta[0][name])
             if step == 2:
                 np.testing.assert_allclose(target, 0.1 * theta[1][name] + 0.9 * theta[0][name], rtol=1e-12, atol=1e-15)
+    # No history hangs on the target: it would grow with every update.
+    assert not any(p.requires_grad or p.grad_fn for p in agent.networks.target_floq.parameters())
 
 
 def test_noise():

@@ -373,6 +373,7 @@ def test_update_trains_the_online_field_and_the_target_follows(variant):
             moved += float((after - target[name]).abs().sum())
     assert moved > 0
     assert agent.step == 1
+    assert not any(p.requires_grad or p.grad_fn for p in agent.target.parameters())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

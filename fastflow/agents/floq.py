@@ -449,7 +449,8 @@ class FloqAgent:
         self.optimizer.zero_grad(set_to_none=True)
         (critic_loss + actor_loss).backward()
         # The target follows the weights from before this update: one step behind, as in the published code.
-        torch._foreach_lerp_(self._target, self._online, self.config.tau)
+        with torch.no_grad():  # else the target's history would grow with every update
+            torch._foreach_lerp_(self._target, self._online, self.config.tau)
         self.optimizer.step()
         self.step += 1
         return metrics

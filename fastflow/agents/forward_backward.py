@@ -130,8 +130,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pointmaze-cpu": _CPU,
 }
 """Settings by name, as what differs from `ForwardBackwardConfig()`. Learning rates, sizes of z and batch, gamma, goal
-share, noise and target rate of `pointmass-maze` are TD-Flow's (Table 8), the networks' widths those of Touati et al.;
-those for a CPU are ours. They expect `observation_statistics`."""
+share, noise and target rate of `pointmass-maze` are TD-Flow's (Table 8); the networks' widths, which it does not list,
+and the presets for a CPU are ours. They expect `observation_statistics`."""
+
+_LOOP_CPU: dict[str, Any] = {
+    "steps": 6_000,
+    "log_interval": 500,
+    "eval_interval": 2_000,
+    "save_interval": 2_000,
+    "threads": 1,
+}
+LOOP_PRESETS: dict[str, dict[str, Any]] = {
+    "pointmass-maze": {"steps": 5_000_000},
+    "pointmass-maze-cpu": _LOOP_CPU,
+    "pointmaze-cpu": _LOOP_CPU,
+}
+"""Defaults of the training loop that go with a preset."""
 
 
 def preset_for(env_name: str) -> str | None:

@@ -347,7 +347,8 @@ class Td2CfmAgent:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        torch._foreach_lerp_(self._target, self._online, self.config.target_rate)
+        with torch.no_grad():  # else the target's history would grow with every update
+            torch._foreach_lerp_(self._target, self._online, self.config.target_rate)
         self.step += 1
         return metrics
 
