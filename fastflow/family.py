@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,10 +15,10 @@ from fastflow.agents.forward_backward import ForwardBackwardAgent
 from fastflow.errors import UserError
 from fastflow.info import versions
 from fastflow.planning import play
-from fastflow.record import Run, absolute, load_agent, spread, tensor_fingerprint, write_json
-from fastflow.settings import AgentConfig, LoopSettings
+from fastflow.record import Run, absolute, load_agent, mean_and_std, spread, tensor_fingerprint, write_json
+from fastflow.settings import AgentConfig, WorldSettings
 from fastflow.worlds import World, make_world
-from fastflow.worlds.files import load_transitions
+from fastflow.worlds.files import transitions_of
 
 __all__ = ["FamilySettings", "FamilyTask", "LearntFamily", "evaluate_runs", "plot_runs"]
 
@@ -26,19 +26,13 @@ _STATES = 10_000  # that rewards are looked at on, to find a task's policy
 
 
 @dataclasses.dataclass(frozen=True)
-class FamilySettings(LoopSettings[AgentConfig]):
+class FamilySettings(WorldSettings[AgentConfig]):
     """Trains a family of policies, one for every reward, on a world's transitions without rewards, and leaves a run
     folder (config.json, train.csv, eval.csv, checkpoints).
 
     `fastflow train td2-cfm --policies RUN --policy all` learns what all of them will visit.
     """
 
-    transitions: int = 1_000_000
-    """Transitions that the behaviour policy collects, where no dataset is given."""
-    data_seed: int = 0
-    """Decides the collected transitions and the start states of evaluations."""
-    dataset_path: Path | None = None
-    """Dataset file (npz) instead: by fastflow collect, or trajectories in OGBench's format."""
     normalize: bool = True
     """The networks see states centred and scaled by the data's statistics."""
     eval_episodes: int = 20
@@ -46,14 +40,8 @@ class FamilySettings(LoopSettings[AgentConfig]):
     eval_steps: int = 300
     """Steps of an episode."""
 
-    fixed: ClassVar[tuple[str, ...]] = (*LoopSettings.fixed, "transitions", "data_seed", "normalize")
-    least: ClassVar[dict[str, int]] = {
-        **LoopSettings.least,
-        "transitions": 1,
-        "data_seed": 0,
-        "eval_episodes": 1,
-        "eval_steps": 1,
-    }
+    fixed: ClassVar[tuple[str, ...]] = (*WorldSettings.fixed, "normalize")
+    least: ClassVar[Mapping[str, int]] = {**WorldSettings.least, "eval_episodes": 1, "eval_steps": 1}
 
 
 class FamilyTask:
@@ -71,10 +59,7 @@ class FamilyTask:
     ) -> None:
         self.settings, self.device = settings, device
         self.world = make_world(settings.env)
-        if settings.dataset_path is None:
-            rows = self.world.transitions(settings.transitions, torch.Generator().manual_seed(settings.data_seed))
-        else:
-            rows = load_transitions(settings.dataset_path.expanduser(), self.world)
+        rows = transitions_of(self.world, settings)
         self.data = {key: rows[key].to(device) for key in ("observations", "actions", "next_observations")}
         self.facts = {
             "name": settings.env,
@@ -91,12 +76,7 @@ class FamilyTask:
         make_world(name)
 
     def _arguments(self) -> dict[str, Any]:
-        statistics = None
-        if self.settings.normalize:
-            states = self.data["observations"].double()
-            std = states.std(0, correction=0)
-            std = torch.where(std < 1e-6, torch.ones_like(std), std)
-            statistics = [states.mean(0).float().tolist(), std.float().tolist()]
+        statistics = mean_and_std(self.data["observations"]) if self.settings.normalize else None
         sizes = {"obs_dim": self.world.state_dim, "action_dim": self.world.action_dim}
         return {**sizes, "observation_statistics": statistics}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from fastflow.distances import MAX_EMD_SAMPLES, emd, mmd, sliced_wasserstein
 from fastflow.errors import UserError
 from fastflow.info import versions
-from fastflow.record import Run, absolute, load_agent, spread, tensor_fingerprint, write_json
-from fastflow.settings import AgentConfig, LoopSettings
+from fastflow.record import Run, absolute, load_agent, mean_and_std, spread, tensor_fingerprint, write_json
+from fastflow.settings import AgentConfig, WorldSettings
 from fastflow.successor import SuccessorFlow
 from fastflow.worlds import World, make_world
-from fastflow.worlds.files import load_transitions
+from fastflow.worlds.files import transitions_of
 
 __all__ = ["HorizonSettings", "HorizonTask", "Truth", "compare", "evaluate_runs", "make_truth"]
 
@@ -35,7 +35,7 @@ _LATEST = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
-class HorizonSettings(LoopSettings[AgentConfig]):
+class HorizonSettings(WorldSettings[AgentConfig]):
     """Trains a model of all states that a policy will visit, and leaves a run folder (config.json, train.csv, eval.csv,
     checkpoints).
 
@@ -43,12 +43,6 @@ class HorizonSettings(LoopSettings[AgentConfig]):
     pointmass-maze. Ctrl-C saves a checkpoint and prints the command that goes on from it, bit for bit.
     """
 
-    transitions: int = 1_000_000
-    """Transitions that the behaviour policy collects, where no dataset is given."""
-    data_seed: int = 0
-    """Decides the collected transitions, and the states and true futures of evaluations."""
-    dataset_path: Path | None = None
-    """Dataset file (npz) instead: by fastflow collect, or trajectories in OGBench's format."""
     policies: Path | None = None
     """Run folder of agent fb, whose policies are the family instead of the world's own (the paper's planning)."""
     eval_states: int = 8
@@ -56,14 +50,8 @@ class HorizonSettings(LoopSettings[AgentConfig]):
     eval_samples: int = 1024
     """Samples per state (the paper: 2048)."""
 
-    fixed: ClassVar[tuple[str, ...]] = (*LoopSettings.fixed, "transitions", "data_seed", "policies")
-    least: ClassVar[dict[str, int]] = {
-        **LoopSettings.least,
-        "transitions": 1,
-        "data_seed": 0,
-        "eval_states": 1,
-        "eval_samples": 1,
-    }
+    fixed: ClassVar[tuple[str, ...]] = (*WorldSettings.fixed, "policies")
+    least: ClassVar[Mapping[str, int]] = {**WorldSettings.least, "eval_states": 1, "eval_samples": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,12 +158,8 @@ class HorizonTask:
     # Data -----------------------------------------------------------------------------------------------------------
 
     def _load(self) -> dict[str, Tensor]:
-        settings, world = self.settings, self.world
-        if settings.dataset_path is None:
-            generator = torch.Generator().manual_seed(settings.data_seed)
-            data = world.transitions(settings.transitions, generator)
-        else:
-            data = load_transitions(settings.dataset_path.expanduser(), world)
+        settings = self.settings
+        data = transitions_of(self.world, settings)
         keys = ["observations", "actions", "next_observations", "masks"]
         if self.policy == "behaviour":
             if "next_actions" not in data:
@@ -192,11 +176,11 @@ class HorizonTask:
             "obs_dim": self.world.state_dim,
             "action_dim": self.world.action_dim,
             "policy_dim": self.world.policy_dim if self.family else 0,
-            "state_statistics": _statistics(self.data["next_observations"]) if normalize else None,
+            "state_statistics": mean_and_std(self.data["next_observations"]) if normalize else None,
         }
         if self.family and normalize:
             draws = self.world.draw_policies(_CHUNK, torch.Generator().manual_seed(self.settings.data_seed))
-            arguments["policy_statistics"] = _statistics(draws)
+            arguments["policy_statistics"] = mean_and_std(draws)
         return arguments
 
     def _target_actions(self) -> None:
@@ -287,14 +271,6 @@ class HorizonTask:
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-def _statistics(rows: Tensor) -> list[list[float]]:
-    """Mean and standard deviation of rows [N, D], as JSON. What never changes is only centred."""
-    rows = rows.double()
-    std = rows.std(0, correction=0)
-    std = torch.where(std < 1e-6, torch.ones_like(std), std)
-    return [rows.mean(0).float().tolist(), std.float().tolist()]
 
 
 @torch.no_grad()

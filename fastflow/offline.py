@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from fastflow.data import load_dataset
 from fastflow.envs import check_name
 from fastflow.errors import MissingExtra, UserError
 from fastflow.evaluate import Policy, Rollouts
-from fastflow.record import absolute, quote, spread, tensor_fingerprint
+from fastflow.record import absolute, mean_and_std, quote, spread, tensor_fingerprint
 from fastflow.settings import AgentConfig, LoopSettings
 
 __all__ = ["OfflineTask", "TrainSettings"]
@@ -42,7 +42,7 @@ class TrainSettings(LoopSettings[AgentConfig]):
     """If not 0, the networks see this number times (observation - mean) / std of the dataset."""
 
     fixed: ClassVar[tuple[str, ...]] = (*LoopSettings.fixed, "observation_scale")
-    least: ClassVar[dict[str, int]] = {**LoopSettings.least, "eval_episodes": 1, "eval_envs": 1}
+    least: ClassVar[Mapping[str, int]] = {**LoopSettings.least, "eval_episodes": 1, "eval_envs": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,11 +113,8 @@ class OfflineTask:
         rewards = data.tensors["rewards"]
         statistics = None
         if scale:
-            observations = data.tensors["observations"].double()
-            mean, std = observations.mean(0), observations.std(0, correction=0)
-            # An observation that never changes is only centred.
-            std = torch.where(std < 1e-6, torch.ones_like(std), std) / scale
-            statistics = [mean.float().tolist(), std.float().tolist()]
+            mean, std = mean_and_std(data.tensors["observations"])
+            statistics = [mean, (torch.tensor(std) / scale).tolist()]
         return {
             "obs_dim": data.obs_dim,
             "action_dim": data.action_dim,

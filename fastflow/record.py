@@ -519,6 +519,15 @@ def spread(rows: int, count: int) -> Tensor:
     return torch.arange(count) * rows // max(count, 1)
 
 
+def mean_and_std(rows: Tensor) -> list[list[float]]:
+    """Mean and standard deviation of rows [N, D] as JSON, for agents that centre and scale. What never changes is only
+    centred."""
+    rows = rows.double()
+    std = rows.std(0, correction=0)
+    std = torch.where(std < 1e-6, torch.ones_like(std), std)
+    return [rows.mean(0).float().tolist(), std.float().tolist()]
+
+
 def tensor_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A short hash of a dataset: all of the rewards and masks, and 1,000 rows of everything else, evenly spread."""
     import hashlib

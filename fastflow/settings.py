@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Generic, Literal, TypeVar
 
-__all__ = ["AgentConfig", "LoopSettings"]
+__all__ = ["AgentConfig", "LoopSettings", "WorldSettings"]
 
 AgentConfig = TypeVar("AgentConfig")
 
@@ -74,3 +74,19 @@ class LoopSettings(Generic[AgentConfig]):
             value = getattr(self, name)
             if isinstance(value, int) and value < bound:
                 raise ValueError(f"{name}: expected at least {bound}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSettings(LoopSettings[AgentConfig]):
+    """Settings of what is trained on one of fastflow's worlds: linear-gaussian, circle, pointmaze-arena, -medium,
+    -large, -giant or pointmass-maze."""
+
+    transitions: int = 1_000_000
+    """Transitions that the behaviour policy collects, where no dataset is given."""
+    data_seed: int = 0
+    """Decides the collected transitions, and where evaluations start."""
+    dataset_path: Path | None = None
+    """Dataset file (npz) instead: by fastflow collect, or trajectories in OGBench's format."""
+
+    fixed: ClassVar[tuple[str, ...]] = (*LoopSettings.fixed, "transitions", "data_seed")
+    least: ClassVar[Mapping[str, int]] = {**LoopSettings.least, "transitions": 1, "data_seed": 0}

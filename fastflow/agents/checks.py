@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_config", "check_int", "check_state", "check_tensor", "check_widths", "ready_moments"]
+__all__ = ["check_config", "check_int", "check_state", "check_tensor", "check_widths", "copy_state", "ready_moments"]
 
 Range = tuple[Callable[[float], bool], str]
 
@@ -105,6 +105,25 @@ def check_state(owner: str, own: Mapping[str, Tensor], given: Mapping[str, Tenso
             )
     if int(given["step"]) < 0:
         raise ValueError(f"{owner}.load_state_dict: step must be at least 0, got {int(given['step'])}")
+
+
+def copy_state(agent: Any, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Puts a checked state into an agent: its `generator`, `step`, Adam's step counts and `tensors`, in place.
+
+    Raises:
+        ValueError: the generator's state is of another kind of device; the agent is then as it was.
+    """
+    try:
+        agent.generator.set_state(given["generator"].cpu())
+    except RuntimeError as error:
+        owner = type(agent).__name__
+        raise ValueError(f"{owner}.load_state_dict: generator does not fit {agent.device}: {error}") from error
+    agent.step = int(given["step"])
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(given[name])
+        for moments in agent.optimizer.state.values():
+            moments["step"].fill_(agent.step)
 
 
 def ready_moments(optimizer: torch.optim.Adam, device: torch.device) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import ops, reference
-from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, ready_moments
+from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, copy_state, ready_moments
 from fastflow.fields import Cosine, CosineFourier, RawTime, Scaled, TimeEmbedding
 from fastflow.modules import FlowCritic, FlowPolicy, OneStepPolicy, ValueNetwork, value_ranges
 
@@ -640,22 +640,12 @@ class FloqAgent:
                 the agent is then as it was.
             TypeError: not tensors.
         """
-        own, tensors = self.state_dict(), self._tensors()
+        own = self.state_dict()
         check_state("FloqAgent", own, state)
         if not torch.equal(state["reward_range"].cpu(), own["reward_range"]):
             other = tuple(state["reward_range"].tolist())
             raise ValueError(f"FloqAgent.load_state_dict: reward_range must be {self.reward_range}, got {other}")
-        step = int(state["step"])
-        try:
-            self.generator.set_state(state["generator"].cpu())
-        except RuntimeError as error:
-            raise ValueError(f"FloqAgent.load_state_dict: generator does not fit {self.device}: {error}") from error
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(state[name])
-            for moments in self.optimizer.state.values():
-                moments["step"].fill_(step)
-        self.step = step
+        copy_state(self, self._tensors(), state)
 
     def _tensors(self) -> dict[str, Tensor]:
         """What a state consists of, besides step, generator and reward range: the agent's own tensors by name."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow import reference
-from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, ready_moments
+from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, copy_state, ready_moments
 from fastflow.fields import Dense, LayerNormAffine
 
 __all__ = [
@@ -610,18 +610,7 @@ class ForwardBackwardAgent:
                 tensors. The agent is then as it was.
         """
         check_state("ForwardBackwardAgent", self.state_dict(), state)
-        try:
-            self.generator.set_state(state["generator"].cpu())
-        except RuntimeError as error:
-            raise ValueError(
-                f"ForwardBackwardAgent.load_state_dict: generator does not fit {self.device}: {error}"
-            ) from error
-        self.step = int(state["step"])
-        with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                tensor.copy_(state[name])
-            for moments in self.optimizer.state.values():
-                moments["step"].fill_(self.step)
+        copy_state(self, self._tensors(), state)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = dict(self.networks.named_parameters())

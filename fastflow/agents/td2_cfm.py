@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fastflow import ops
-from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, ready_moments
+from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, copy_state, ready_moments
 from fastflow.diffusion import LEVELS, DiffusionSuccessor
 from fastflow.fields import MLP, Architecture, FiLMUNet, PowerFourier, Sinusoidal, TimeEmbedding
 from fastflow.successor import SuccessorFlow
@@ -494,16 +494,7 @@ class Td2CfmAgent:
                 tensors. The agent is then as it was.
         """
         check_state("Td2CfmAgent", self.state_dict(), state)
-        try:
-            self.generator.set_state(state["generator"].cpu())
-        except RuntimeError as error:
-            raise ValueError(f"Td2CfmAgent.load_state_dict: generator does not fit {self.device}: {error}") from error
-        self.step = int(state["step"])
-        with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                tensor.copy_(state[name])
-            for moments in self.optimizer.state.values():
-                moments["step"].fill_(self.step)
+        copy_state(self, self._tensors(), state)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"online/{name}": value for name, value in self.online.state_dict(keep_vars=True).items()}

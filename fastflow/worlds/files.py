@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from fastflow.atomic import atomic_write
 from fastflow.data import open_npz, read_array
 from fastflow.envs import DATASET_DIR
 from fastflow.errors import UserError
+from fastflow.settings import WorldSettings
 from fastflow.worlds import make_world
 from fastflow.worlds.base import World, from_trajectories
 
-__all__ = ["collect", "load_transitions"]
+__all__ = ["collect", "load_transitions", "transitions_of"]
 
 
 def collect(
@@ -60,6 +62,17 @@ def collect(
     with atomic_write(path) as temporary:
         np.savez(temporary, **{key: value.numpy() for key, value in rows.items()})  # type: ignore[arg-type]
     return path
+
+
+def transitions_of(world: World, settings: WorldSettings[Any]) -> dict[str, Tensor]:
+    """The transitions that a run is trained on: a file's, or what the world's behaviour policy collects.
+
+    Raises:
+        UserError: a file that does not fit.
+    """
+    if settings.dataset_path is not None:
+        return load_transitions(settings.dataset_path.expanduser(), world)
+    return world.transitions(settings.transitions, torch.Generator().manual_seed(settings.data_seed))
 
 
 def load_transitions(path: Path, world: World) -> dict[str, Tensor]:
