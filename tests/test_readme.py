@@ -5,7 +5,8 @@ from __future__ import annotations
 import pathlib
 import re
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_examples_run_one_after_the_other():
@@ -20,8 +21,18 @@ def test_the_python_examples_run_one_after_the_other():
     assert all(p.grad is not None for p in names["critic"].parameters())
 
 
+def test_the_examples_of_the_pages_run():
+    page = (ROOT / "docs" / "td2_cfm.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["future"].shape == (3, 8, 4)
+    assert names["q"].shape == names["log_m"].shape == (3,)
+
+
 def test_the_table_of_commands_is_the_command_line_s():
     from fastflow import cli
 
     shown = set(re.findall(r"^\| `fastflow (\w+)", README, re.M))
-    assert shown == {"collect", "train", "evaluate", "plot", "relabel", "info"} == set(cli._COMMANDS)
+    assert shown == {"collect", "train", "evaluate", "plot", "relabel", "info", "experiment"} == set(cli._COMMANDS)
