@@ -162,10 +162,10 @@ def plot_runs(
         samples = model.sample(
             truth.states, truth.actions, _POINTS, w=truth.policies if model.policy_dim else None, generator=generator
         )
-        figure, axes = new_figure(2 * _STATES, 2.0, 2.5)
+        figure, axes = new_figure(_STATES, 2.6, 2.7, rows=2)
         for i, state in enumerate(truth.states):
-            draw_futures(axes[2 * i], world, state, truth.futures[i], "#666666", "true futures")
-            draw_futures(axes[2 * i + 1], world, state, samples[i].detach(), COLORS[0], variant)
+            draw_futures(axes[i], world, state, truth.futures[i], "#666666", "true futures")
+            draw_futures(axes[_STATES + i], world, state, samples[i].detach(), COLORS[0], variant)
         figure.suptitle(
             f"{world.name}, gamma = {model.gamma:g}, policy {name}, update {saved.step:,}", x=0.01, ha="left"
         )

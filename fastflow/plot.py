@@ -53,13 +53,14 @@ def figure_style() -> Any:
     return _matplotlib().rc_context(_STYLE)
 
 
-def new_figure(columns: int, width: float = 5.0, height: float = 3.8) -> tuple[Figure, list[Axes]]:
-    """An empty figure with `columns` panels side by side, each `width` by `height` inches."""
+def new_figure(columns: int, width: float = 5.0, height: float = 3.8, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure with `columns` panels side by side in each of `rows`, each `width` by `height` inches; row by
+    row."""
     matplotlib = _matplotlib()
     with figure_style():
         # The object, not pyplot: no window, no global state, any thread.
-        figure = matplotlib.figure.Figure(figsize=(width * columns, height), layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False)[0]
+        figure = matplotlib.figure.Figure(figsize=(width * columns, height * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flat
     return figure, list(axes)
 
 
