@@ -156,7 +156,9 @@ class LearntFamily(World):
     def act(self, state: Tensor, w: Tensor | None = None) -> Tensor:
         embedding = self._embedding(w, state)
         assert embedding is not None
-        return self._agent.act(state, embedding)
+        # The agent may live elsewhere than the states: truth is computed on the CPU, batches where training is.
+        device = self._agent.device
+        return self._agent.act(state.to(device), embedding.to(device)).to(state.device)
 
     def behave(self, state: Tensor, memory: Any, generator: torch.Generator) -> tuple[Tensor, Any]:
         return self._world.behave(state, memory, generator)
@@ -172,6 +174,11 @@ class LearntFamily(World):
 
     def draw_policies(self, num: int, generator: torch.Generator) -> Tensor:
         """Embeddings [num, W] as in the family's training: uniform on the sphere, or towards a state of the data."""
+        if generator.device != self._agent.device:
+            # From a generator of the agent's own device, that follows the one that was given.
+            seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+            own = torch.Generator(self._agent.device).manual_seed(int(seed))
+            return self._agent.sample_embeddings(num, own, self._observations).to(generator.device)
         return self._agent.sample_embeddings(num, generator, self._observations)
 
 

@@ -444,6 +444,7 @@ def test_gamma_conditioned_model_draws_horizons():
         ({"gamma": 1.0}, r"gamma must be in \[0, 1\), got 1.0"),
         ({"gamma": -0.1}, r"gamma must be in \[0, 1\)"),
         ({"gamma_low": 0.995}, "gamma_low must be at least 0 and at most gamma"),
+        ({"gamma_low": 0.5, "variant": "mc-cfm"}, "gamma_low must be None for mc-cfm"),
         ({"variant": "td3"}, "variant must be one of"),
         ({"tau": None}, "tau must be a number where lr_decay_steps is 0"),
         ({"tau": 0.0}, r"tau must be in \(0, 1\]"),

@@ -125,6 +125,8 @@ class Td2CfmConfig:
         ranges = dict(_RANGES)
         if self.gamma_low is not None:
             ranges["gamma_low"] = (lambda x: 0 <= x <= self.gamma, f"at least 0 and at most gamma = {self.gamma}")
+            if self.variant == "mc-cfm":
+                raise ValueError("Td2CfmConfig: gamma_low must be None for mc-cfm, whose futures are of one gamma")
         if self.tau is None:
             if not self.lr_decay_steps:
                 raise ValueError("Td2CfmConfig: tau must be a number where lr_decay_steps is 0, got None")
