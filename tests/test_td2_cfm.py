@@ -500,7 +500,7 @@ def test_published_presets_train_at_full_width(name):
         metrics = agent.update(random_batch(8, obs_dim=4, policy_dim=policy_dim, seed=seed))
         assert all(map(math.isfinite, metrics.values()))
     # Adam moves a weight by about its learning rate, and the target follows by tau.
-    moved = max(float((p - q).abs().max()) for p, q in zip(agent.online.parameters(), before))
+    moved = max(float((p.detach() - q).abs().max()) for p, q in zip(agent.online.parameters(), before))
     followed = max(float((p - q).abs().max()) for p, q in zip(agent.target.parameters(), before))
     assert 10 * config.lr < moved < 60 * config.lr
     assert 0 < followed < 50 * config.target_rate * moved
