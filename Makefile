@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Ahead-of-time compilation is tested with the oldest and the newest supported triton, beside the one in .venv.
 TRITONS := 3.6.0 3.9.0
+# The DM control suite is tested with the oldest supported MuJoCo, as it does not work with the one in .venv.
+MUJOCO := 3.17.0
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal -p no:benchmark
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -12,6 +14,7 @@ test: export OMP_NUM_THREADS = 1
 
 ifeq ($(shell uname -sm),Linux x86_64)
 AOT := $(TRITONS:%=.triton/%/.complete)
+DMC := .mujoco/$(MUJOCO)/.complete
 endif
 
 .PHONY: help demo test bench gpu lint clean
@@ -28,7 +31,7 @@ help:
 demo: $(VENV)/.installed-demo
 	@$(BIN)/python -m fastflow.demo
 
-test: $(VENV)/.installed-dev $(AOT)
+test: $(VENV)/.installed-dev $(AOT) $(DMC)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # On a CPU the table says more than pytest-benchmark's groups, and torch.compile's share of both would take too long.
@@ -68,7 +71,7 @@ gpu:
 	"$$python" -m benchmarks.gpu $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) .triton build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .triton .mujoco build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an interrupted installation is taken up again by the next call.
@@ -130,5 +133,16 @@ comma := ,
 		rm -rf .triton/$* .triton/$*.partial && \
 		$(BIN)/python -m pip install --quiet --no-deps --target .triton/$*.partial triton==$* && \
 		mv .triton/$*.partial .triton/$*; \
+	fi
+	@touch $@
+
+# As above; with MuJoCo 4 in .venv, the processes of some tests import this one in its place.
+.mujoco/%/.complete: $(VENV)/.created
+	@tag=$$($(BIN)/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])'); \
+	if ! grep -qs "^Tag: $$tag-" .mujoco/$*/mujoco-$*.dist-info/WHEEL; then \
+		echo "Installing mujoco $* into .mujoco/$* for the DM control suite"; \
+		rm -rf .mujoco/$* .mujoco/$*.partial && \
+		$(BIN)/python -m pip install --quiet --no-deps --target .mujoco/$*.partial mujoco==$* && \
+		mv .mujoco/$*.partial .mujoco/$*; \
 	fi
 	@touch $@

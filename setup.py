@@ -26,6 +26,9 @@ rl = [
     "tyro>=0.9",
     *(f"{name}; {by_hand}" for name in simulator),
 ]
+# The DM control suite asks MuJoCo for what version 4 no longer has, hence apart from [rl], which works with both. It is
+# not in [dev] either: the tests have that MuJoCo in a folder of its own (the Makefile fills it).
+dmc = [f"dm_control>=1.0.20; {by_pip}", "mujoco>=3.17,<4"]
 plot = ["matplotlib>=3.8"]
 dev = [
     "hypothesis>=6.100",
@@ -60,6 +63,7 @@ setup(
     install_requires=["numpy>=1.26", "torch>=2.11"],
     extras_require={
         "rl": rl,
+        "dmc": dmc,
         "plot": plot,
         # What the benchmarks compare with, and the figure that they draw.
         "rivals": ["jax>=0.4.30", "torchdiffeq>=0.2.4", *plot],

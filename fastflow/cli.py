@@ -24,7 +24,7 @@ usage: fastflow COMMAND [OPTIONS]
 
 commands:
   collect NAME   make an OGBench dataset locally with scripted policies
-  train AGENT    train floq, td2-cfm or fb; --env NAME, --resume RUN
+  train AGENT    train floq, td2-cfm, fb, fpo, dppo or ppo; --env NAME, --resume RUN
   evaluate RUN   test what a saved run has learnt
   plot RUN       draw learning curves of saved runs, and what they learnt
   experiment NAME  run, repeat and draw a comparison
@@ -267,11 +267,13 @@ def _command(runs: Sequence[Path], which: str) -> Callable[..., Any]:
     from fastflow.record import Run
 
     names = sorted({Run.open(path).config["agent_name"] for path in runs})
-    if len(names) > 1:
-        raise UserError(f"runs: expected runs of one agent, got {', '.join(names)}")
-    if names and names[0] not in agents.NAMES:
-        raise UserError(f"{runs[0]} is a run of agent {names[0]}, which this version does not know")
-    return agents.command(names[0] if names else "floq", which)
+    for name in names:
+        if name not in agents.NAMES:
+            raise UserError(f"{runs[0]} is a run of agent {name}, which this version does not know")
+    commands = {agents.command(name, which) for name in names or ["floq"]}
+    if len(commands) > 1:
+        raise UserError(f"runs: expected runs of one agent, or of one kind, got {', '.join(names)}")
+    return commands.pop()
 
 
 def _plot(argv: list[str]) -> int:
@@ -279,7 +281,7 @@ def _plot(argv: list[str]) -> int:
         """Draws learning_curve.png, and flow_paths.png of a policy or futures.png, value_map.png of a successor model.
 
         Args:
-            runs: Run folders, all of one agent; several share one learning curve.
+            runs: Run folders, all of one agent or of fpo, dppo and ppo; several share one learning curve.
             output: Folder for the figures; by default RUN/figures of the first run.
             checkpoint: Step of the checkpoint for the other figures; by default the newest.
         """

@@ -38,7 +38,7 @@ class Episodes:
     """Finished episodes, in the order of their numbers.
 
     Attributes:
-        success: 0 or 1 each, [N].
+        success: 0 or 1 each, [N]; NaN where the environment does not tell.
         returns: undiscounted sums of rewards, [N].
         lengths: environment steps, [N].
     """
@@ -49,8 +49,9 @@ class Episodes:
 
     def metrics(self) -> dict[str, float]:
         """Means over episodes under the names of the FQL family."""
+        success = float(self.success.mean())
         return {
-            "success": float(self.success.mean()),
+            **({} if math.isnan(success) else {"success": success}),
             "episode.return": float(self.returns.mean()),
             "episode.length": float(self.lengths.mean()),
         }
@@ -62,19 +63,22 @@ class Rollouts:
     Args:
         env_name: name of the task.
         num_envs: environments that step together, so that the policy is asked once per step for all of them.
+        make: makes one by its name; by default `fastflow.envs.make_env`.
 
     Raises:
         ValueError: num_envs < 1.
         UserError: there is no such task, or the simulator is not installed (MissingExtra).
     """
 
-    def __init__(self, env_name: str, num_envs: int = 10) -> None:
-        from fastflow.envs import make_env
+    def __init__(self, env_name: str, num_envs: int = 10, make: Callable[[str], Any] | None = None) -> None:
+        if make is None:
+            from fastflow.envs import make_env
 
+            make = make_env
         if num_envs < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
         self.env_name = env_name
-        self._envs = [make_env(env_name) for _ in range(num_envs)]
+        self._envs = [make(env_name) for _ in range(num_envs)]
 
     @property
     def obs_dim(self) -> int:
@@ -129,7 +133,7 @@ class Rollouts:
                 returns[episode] += float(reward)
                 lengths[episode] += 1
                 if terminated or truncated:
-                    success[episode] = float(info["success"])
+                    success[episode] = float(info.get("success", math.nan))
                     playing[slot] = started if started < episodes else None
                     if started < episodes:
                         observation, _ = env.reset(seed=int(seeds[started]))

@@ -17,6 +17,7 @@ from fastflow.info import versions
 from fastflow.planning import play
 from fastflow.record import Run, absolute, load_agent, mean_and_std, spread, tensor_fingerprint, write_json
 from fastflow.settings import AgentConfig, WorldSettings
+from fastflow.task import Task
 from fastflow.worlds import World, make_world
 from fastflow.worlds.files import transitions_of
 
@@ -44,7 +45,7 @@ class FamilySettings(WorldSettings[AgentConfig]):
     least: ClassVar[Mapping[str, int]] = {**WorldSettings.least, "eval_episodes": 1, "eval_steps": 1}
 
 
-class FamilyTask:
+class FamilyTask(Task):
     """What the training loop asks of a task, for a family of policies; see `fastflow.horizon.HorizonTask`."""
 
     evaluates = True
@@ -85,10 +86,6 @@ class FamilyTask:
         index = torch.randint(len(self.data["actions"]), (batch_size,), generator=generator, device=self.device)
         return {key: value.index_select(0, index) for key, value in self.data.items()}
 
-    def sample_validation(self, batch_size: int, generator: torch.Generator) -> None:
-        """No data are held back."""
-        return None
-
     def samples(self) -> dict[str, Tensor]:
         """States that tasks are told by, which the family needs wherever it goes."""
         rows = spread(len(self.data["actions"]), _STATES).to(self.device)
@@ -110,9 +107,6 @@ class FamilyTask:
     def describe(self, metrics: dict[str, float]) -> str:
         """An evaluation in words."""
         return f"return {metrics['return']:.1f}, behaviour {metrics['return.behaviour']:.1f} (means over tasks)"
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 class LearntFamily(World):

@@ -18,6 +18,7 @@ from fastflow.info import versions
 from fastflow.record import Run, absolute, load_agent, mean_and_std, spread, tensor_fingerprint, write_json
 from fastflow.settings import AgentConfig, WorldSettings
 from fastflow.successor import SuccessorFlow
+from fastflow.task import Task
 from fastflow.worlds import World, make_world
 from fastflow.worlds.files import transitions_of
 
@@ -90,7 +91,7 @@ class Truth:
     floor: Tensor
 
 
-class HorizonTask:
+class HorizonTask(Task):
     """What the training loop asks of a task, for a world and a target policy.
 
     Args:
@@ -234,10 +235,6 @@ class HorizonTask:
         pool["futures"] = self.world.futures(pool["observations"], pool["actions"], w, gamma, _POOL_FUTURES, generator)
         return pool
 
-    def sample_validation(self, batch_size: int, generator: torch.Generator) -> None:
-        """No data are held back: evaluations compare with the truth."""
-        return None
-
     def samples(self) -> dict[str, Tensor]:
         """A few rows for figures."""
         rows = spread(len(self.data["observations"]), _SAMPLES).to(self.device)
@@ -271,9 +268,6 @@ class HorizonTask:
         text = f"EMD {metrics['emd']:.4f} (two true samples: {metrics['emd_floor']:.4f})"
         text += f", MSE(V) {metrics['value_mse']:.4g}, NLL/d {metrics['nll']:.3f}"
         return text + (f", velocity MSE {metrics['velocity_mse']:.4f}" if "velocity_mse" in metrics else "")
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 @torch.no_grad()

@@ -274,6 +274,10 @@ class FlowPolicy(nn.Module):
         self.num_steps, self.clip, self.method = num_steps, clip, method
         self.backend, self.precision = backend, precision
 
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weights anew from `generator` (torch's global one by default)."""
+        self.field.reset_parameters(generator)
+
     def forward(
         self,
         obs: Tensor,

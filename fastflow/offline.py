@@ -16,6 +16,7 @@ from fastflow.errors import MissingExtra, UserError
 from fastflow.evaluate import Policy, Rollouts
 from fastflow.record import absolute, mean_and_std, quote, spread, tensor_fingerprint
 from fastflow.settings import AgentConfig, LoopSettings
+from fastflow.task import Task
 
 __all__ = ["OfflineTask", "TrainSettings"]
 
@@ -50,7 +51,7 @@ class TrainSettings(LoopSettings[AgentConfig]):
             raise ValueError(f"observation_scale: expected a finite number of at least 0, got {self.observation_scale}")
 
 
-class OfflineTask:
+class OfflineTask(Task):
     """What the training loop asks of a task, for a dataset and its environment.
 
     Args:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from fastflow.record import (
     to_json,
 )
 from fastflow.settings import LoopSettings
+from fastflow.task import Task
 
 __all__ = ["Task", "TrainResult", "default_settings", "parse", "preset_config", "train"]
 
@@ -50,28 +51,6 @@ __all__ = ["Task", "TrainResult", "default_settings", "parse", "preset_config", 
 _PATHS = ("dataset_dir", "dataset_path", "policies")
 
 _DISPLAY_SECONDS = 2.0
-
-
-class Task(Protocol):
-    """What the loop asks of what an agent is trained on; `fastflow.offline.OfflineTask` tells more."""
-
-    facts: dict[str, Any]
-    arguments: dict[str, Any]
-
-    @property
-    def evaluates(self) -> bool: ...
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]: ...
-
-    def sample_validation(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor] | None: ...
-
-    def samples(self) -> dict[str, Tensor]: ...
-
-    def evaluate(self, agent: Any, seed: int, should_stop: Callable[[], bool]) -> dict[str, float] | None: ...
-
-    def describe(self, metrics: dict[str, float]) -> str: ...
-
-    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +293,8 @@ class _Training:
         except ValueError as error:
             raise UserError(f"settings of {agent_name}: {error}") from error
 
+        self.task.bind(self.agent)
+        self.stride = self.task.stride
         self.generator = torch.Generator(self.device).manual_seed(_derived_seed(settings.seed, "batches"))
         self.meter = _Meter(self.device)
         self.step = 0
@@ -323,6 +304,7 @@ class _Training:
             load_agent_state(self.agent, saved.part("agent"), self.run.checkpoint_path(saved.step))
             loop = saved.part("loop")
             self.generator.set_state(loop["batches_generator"])
+            self.task.load_state_dict(saved.part("task"))
             self.meter.load(saved.loop["metrics"], loop)
             self.step = self.saved_at = saved.step
             self.seconds = saved.loop["seconds"]
@@ -377,16 +359,16 @@ class _Training:
             self._open_folder()
             self._say_start()
             try:
-                with _Display(self.settings, self.step, self.out) as self.display:
+                with _Display(self.settings, self.task, self.step, self.out) as self.display:
                     self._loop()
             finally:
                 self.run.close()
                 self.task.close()
         stopped_by = self.stop.requested
         if stopped_by is None:
-            self.out(f"done: {self.step:,} updates, run folder {self.path}")
+            self.out(f"done: {self.step:,} {self.task.steps_are}, run folder {self.path}")
         else:
-            self.out(f"stopped after {self.step:,} updates by {stopped_by.name}; saved. Go on with:")
+            self.out(f"stopped after {self.step:,} {self.task.steps_are} by {stopped_by.name}; saved. Go on with:")
             self.out(f"  fastflow train {self.agent_name} --resume {quote(self.path)}")
         return TrainResult(self.run, self.step, stopped_by, self.agent)
 
@@ -397,9 +379,12 @@ class _Training:
         self.interval_began = (self.step, time.perf_counter())
         self._evaluate_if_due()
         while self.step < settings.steps and not self.stop.requested:
-            batch = self.task.sample(batch_size, self.generator)
+            try:
+                batch = self.task.sample(batch_size, self.generator)
+            except UserError as error:
+                raise self._lost(error) from error
             self.meter.add(self.agent.update(batch))
-            self.step += 1
+            self.step += self.stride
             self.display.advance(self.meter)
             if self.step % settings.log_interval == 0:
                 self._log()
@@ -419,9 +404,9 @@ class _Training:
             f"{self.agent_name} on {settings.env}, preset {settings.preset}, seed {settings.seed}, "
             f"{_device_name(self.device)}"
         )
-        self.out(f"dataset: {self.facts['rows']:,} rows; run folder: {self.run.path}")
+        self.out(f"{self.task.describe_data()}; run folder: {self.run.path}")
         if self.step:
-            self.out(f"going on from the checkpoint after {self.step:,} updates")
+            self.out(f"going on from the checkpoint after {self.step:,} {self.task.steps_are}")
 
     def _read_meter(self) -> dict[str, float]:
         """Means since the last log point; waits for the device.
@@ -434,7 +419,8 @@ class _Training:
             return means
         name, updates = bad
         raise self._diverged(
-            f"training/{name} is not finite since update {self.step - self.meter.count + updates + 1:,}"
+            f"training/{name} is not finite since {self.task.step_is} "
+            f"{self.step - self.stride * (self.meter.count - updates - 1):,}"
         )
 
     def _diverged(self, what: str) -> UserError:
@@ -443,7 +429,18 @@ class _Training:
             f"the last good checkpoint is {self.run.checkpoint_path(steps[-1])}" if steps else "nothing was saved yet"
         )
         return UserError(
-            f"{what}: training stopped at update {self.step:,}; {kept}. A smaller learning rate may help (--agent.lr)"
+            f"{what}: training stopped at {self.task.step_is} {self.step:,}; {kept}. A smaller learning rate may help "
+            "(--agent.lr)"
+        )
+
+    def _lost(self, error: UserError) -> UserError:
+        """What becomes of an error on the way to a batch: what was learnt so far is saved."""
+        if not self.step:
+            return error
+        self._save()
+        return UserError(
+            f"{error}; stopped after {self.step:,} {self.task.steps_are} and saved. Go on with: "
+            f"fastflow train {self.agent_name} --resume {quote(self.path)}"
         )
 
     def _log(self) -> None:
@@ -452,8 +449,8 @@ class _Training:
         step_before, time_before = self.interval_began
         rate = (self.step - step_before) / max(now - time_before, 1e-9)
         row = {f"training/{name}": value for name, value in means.items()}
-        row |= self._validate()
-        row |= {"time/updates_per_second": rate, "time/total_time": now - self.began}
+        row |= self._validate() | self.task.report()
+        row |= {f"time/{self.task.steps_are.replace(' ', '_')}_per_second": rate, "time/total_time": now - self.began}
         self.run.log(self.run.train, self.step, row, tensorboard=self.settings.tensorboard)
         self.display.logged(means, rate)
         self.meter.reset()
@@ -470,7 +467,7 @@ class _Training:
         row = {f"validation/{name}": value for name, value in zip(metrics, values, strict=True)}
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
-            raise self._diverged(f"{bad[0]} is not finite after update {self.step:,}")
+            raise self._diverged(f"{bad[0]} is not finite after {self.task.step_is} {self.step:,}")
         return row
 
     def _save(self) -> None:
@@ -493,6 +490,7 @@ class _Training:
             },
             tensors={
                 **{f"agent/{name}": value for name, value in self.agent.state_dict().items()},
+                **{f"task/{name}": value for name, value in self.task.state_dict().items()},
                 **{f"loop/{name}": value for name, value in sums.items()},
                 "loop/batches_generator": self.generator.get_state(),
             },
@@ -528,7 +526,7 @@ class _Training:
         row = {f"evaluation/{name}": value for name, value in metrics.items()}
         row |= {"time/evaluation": now - began, "time/total_time": now - self.began}
         self.run.log(self.run.eval, self.step, row, tensorboard=settings.tensorboard)
-        self.display.line(f"update {self.step:,}: {self.task.describe(metrics)}")
+        self.display.line(f"{self.task.step_is} {self.step:,}: {self.task.describe(metrics)}")
 
 
 def _derived_seed(seed: int, *path: str | int) -> int:
@@ -623,8 +621,9 @@ class _Stop:
 class _Display:
     """A progress bar on a terminal; elsewhere one line per log point."""
 
-    def __init__(self, settings: LoopSettings[Any], step: int, out: Callable[[str], None]) -> None:
+    def __init__(self, settings: LoopSettings[Any], task: Task, step: int, out: Callable[[str], None]) -> None:
         self.out = out
+        self.task = task
         self.steps = settings.steps
         self.step = step
         self.on = settings.progress and sys.stderr.isatty()
@@ -640,7 +639,7 @@ class _Display:
             self._bar = tqdm.tqdm(
                 total=self.steps,
                 initial=self.step,
-                unit=" updates",
+                unit=f" {self.task.steps_are}",
                 dynamic_ncols=True,
                 smoothing=0.05,
                 mininterval=0.5,
@@ -655,10 +654,10 @@ class _Display:
             self._bar = None
 
     def advance(self, meter: _Meter) -> None:
-        self.step += 1
+        self.step += self.task.stride
         if self._bar is None:
             return
-        self._bar.update()
+        self._bar.update(self.task.stride)
         # With somebody watching, losses are worth waiting for the device now and then.
         if time.perf_counter() - self._shown > _DISPLAY_SECONDS:
             self._show(meter.read()[0])
@@ -679,7 +678,10 @@ class _Display:
             return
         losses = ", ".join(f"{name} {means[name]:.4g}" for name in _main_losses(means))
         left = datetime.timedelta(seconds=round((self.steps - self.step) / max(rate, 1e-9)))
-        self.out(f"update {self.step:,} of {self.steps:,}: {losses}; {rate:.1f} updates/s, {left} left")
+        self.out(
+            f"{self.task.step_is} {self.step:,} of {self.steps:,}: {losses}; {rate:.1f} {self.task.steps_are}/s, "
+            f"{left} left"
+        )
 
     def line(self, text: str) -> None:
         if self._bar is None:

@@ -166,7 +166,11 @@ def test_registered_experiments_are_settings_that_exist():
         for size in experiment.sizes:
             for arm in experiment.arms:
                 settings = {**experiment.settings(arm, size), "seed": 0, "run_dir": Path("somewhere")}
-                assert train.parse(experiment.agent, flags(settings)).run_dir == Path("somewhere"), (name, size, arm)
+                assert train.parse(arm.agent or experiment.agent, flags(settings)).run_dir == Path("somewhere"), (
+                    name,
+                    size,
+                    arm,
+                )
 
 
 # Flags

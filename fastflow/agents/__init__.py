@@ -50,6 +50,30 @@ NAMES: dict[str, Entry] = {
         ("fastflow.family", "evaluate_runs"),
         ("fastflow.family", "plot_runs"),
     ),
+    "fpo": Entry(
+        ("fastflow.agents.fpo", "FpoConfig"),
+        ("fastflow.agents.fpo", "FpoAgent"),
+        ("fastflow.online", "OnlineSettings"),
+        ("fastflow.online", "OnlineTask"),
+        ("fastflow.online", "evaluate_runs"),
+        ("fastflow.online_figures", "plot_runs"),
+    ),
+    "dppo": Entry(
+        ("fastflow.agents.dppo", "DppoConfig"),
+        ("fastflow.agents.dppo", "DppoAgent"),
+        ("fastflow.online", "OnlineSettings"),
+        ("fastflow.online", "OnlineTask"),
+        ("fastflow.online", "evaluate_runs"),
+        ("fastflow.online_figures", "plot_runs"),
+    ),
+    "ppo": Entry(
+        ("fastflow.agents.ppo", "PpoConfig"),
+        ("fastflow.agents.ppo", "PpoAgent"),
+        ("fastflow.online", "OnlineSettings"),
+        ("fastflow.online", "OnlineTask"),
+        ("fastflow.online", "evaluate_runs"),
+        ("fastflow.online_figures", "plot_runs"),
+    ),
 }
 """The algorithms by the names that the command line knows."""
 

@@ -22,6 +22,9 @@ NAMES: dict[str, tuple[str, str]] = {
     "td2-curved": ("fastflow.experiments.td2_cfm", "CURVED"),
     "td2-steps": ("fastflow.experiments.td2_cfm", "STEPS"),
     "td2-diffusion": ("fastflow.experiments.td2_cfm", "DIFFUSION"),
+    "fpo-search-pendulum": ("fastflow.experiments.fpo", "SEARCH_PENDULUM"),
+    "fpo-search-reacher": ("fastflow.experiments.fpo", "SEARCH_REACHER"),
+    "fpo-search-hopper": ("fastflow.experiments.fpo", "SEARCH_HOPPER"),
 }
 """Name of an experiment: the module that declares it, and its name there."""
 

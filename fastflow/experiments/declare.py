@@ -12,7 +12,7 @@ __all__ = ["Arm", "Experiment", "Metric", "Size"]
 
 # Names become folders and words of a command line.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
-_AFTER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # Decided by the runner, for every run.
 _RESERVED = ("seed", "run_dir", "resume")
 
@@ -57,6 +57,7 @@ class Arm:
         after: "module:function", called in a process of its own with the finished `fastflow.record.Run`; returns
             further metrics by name, which are kept beside the run.
         reference: name of the arm that this one is compared with, where it is not the experiment's.
+        agent: name of its algorithm, where it is not the experiment's.
     """
 
     name: str
@@ -66,11 +67,12 @@ class Arm:
     group: str | None = None
     after: str | None = None
     reference: str | None = None
+    agent: str | None = None
 
     def __post_init__(self) -> None:
         _check_name("arm", self.name)
         _check_settings(f"arm {self.name}: settings", self.settings)
-        if self.after is not None and not _AFTER.fullmatch(self.after):
+        if self.after is not None and not _FUNCTION.fullmatch(self.after):
             raise ValueError(f"arm {self.name}: after: expected module:function, got {self.after!r}")
 
 
@@ -136,6 +138,8 @@ class Experiment:
         metrics: what is compared by, the most important first.
         x: what the arms' `x` is, if they lie along an axis: "horizon", "K".
         reference: name of the arm that the others are compared with.
+        picture: "module:function", called with the experiment, its seeds and its folder after every report; draws
+            further pictures there and returns their paths.
 
     Raises:
         ValueError, TypeError: a declaration that cannot be; the message names the field.
@@ -150,9 +154,12 @@ class Experiment:
     metrics: tuple[Metric, ...]
     x: str | None = None
     reference: str | None = None
+    picture: str | None = None
 
     def __post_init__(self) -> None:
         _check_name("experiment", self.name)
+        if self.picture is not None and not _FUNCTION.fullmatch(self.picture):
+            raise ValueError(f"picture: expected module:function, got {self.picture!r}")
         _check_once("arms", [arm.name for arm in self.arms])
         _check_once("metrics", [metric.column for metric in self.metrics])
         if not self.sizes:

@@ -108,6 +108,9 @@ def run(
         out(f"folder: {folder}; budget: {experiment.sizes[size].budget}")
         failures, stopped = _work(todo, workers, count, out)
     written = report.write(experiment, facts["seeds"], folder, facts, out)
+    if experiment.picture is not None:
+        module, _, name = experiment.picture.partition(":")
+        written += getattr(importlib.import_module(module), name)(experiment, facts["seeds"], folder)
     if stopped:
         out("stopped; what was under way is saved, and the same command goes on")
         raise KeyboardInterrupt
@@ -154,7 +157,11 @@ def _claim(experiment: Experiment, size: str, seeds: Sequence[int], folder: Path
     """
     declared = experiment.sizes[size]
     arms = {
-        arm.name: {"settings": to_json(arm.settings), **({} if arm.after is None else {"after": arm.after})}
+        arm.name: {
+            "settings": to_json(arm.settings),
+            **({} if arm.after is None else {"after": arm.after}),
+            **({} if arm.agent is None else {"agent": arm.agent}),
+        }
         for arm in experiment.arms
     }
     identity = {
@@ -171,7 +178,10 @@ def _claim(experiment: Experiment, size: str, seeds: Sequence[int], folder: Path
         # Not `after`: another one needs no other training.
         both = [name for name in arms if name in saved["arms"]]
         before, asked = (
-            {**top, "arms": {name: {"settings": side[name]["settings"]} for name in both}}
+            {
+                **top,
+                "arms": {name: {"agent": side[name].get("agent"), "settings": side[name]["settings"]} for name in both},
+            }
             for top, side in (({name: saved.get(name) for name in identity}, saved["arms"]), (identity, arms))
         )
         lines = differences(before, asked)
@@ -322,7 +332,7 @@ class _Job:
 
     def _train(self) -> list[str]:
         settings = _DEFAULTS | self.experiment.settings(self.arm, self.size)
-        command = [sys.executable, "-m", "fastflow", "train", self.experiment.agent]
+        command = [sys.executable, "-m", "fastflow", "train", self.arm.agent or self.experiment.agent]
         if self._begun():
             return [*command, f"--resume={self.path}", f"--threads={settings['threads']}"]
         return [*command, *flags({**settings, "seed": self.seed, "run_dir": self.path})]

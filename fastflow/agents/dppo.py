@@ -1,0 +1,155 @@
+"""DPPO's way (Ren et al., arXiv:2409.00588) of training a flow policy: each step of a walk is an action.
+
+With noise of a fixed sigma behind every Euler step the walk is a chain of Gaussians,
+
+    x_{k+1} = x_k + v(x_k, t_k | obs) / K + sigma n_k,   n_k ~ N(0, I),
+
+and PPO's ratio of step k is exp(L_old,k - L_new,k) with L_k = |x_{k+1} - x_k - v / K|^2 / (2 sigma^2): up to a factor
+the flow-matching loss of the pair (x_k, t_k) against the velocity K (x_{k+1} - x_k). So the same fused loss serves,
+with the walk's own points in the place of FPO's random pairs, and one ratio per step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import ops
+from fastflow.agents.checks import check_config
+from fastflow.agents.fpo import flow_policy
+from fastflow.agents.on_policy import ActorLoss, OnPolicyAgent, OnPolicyConfig
+from fastflow.surrogate import flow_log_ratio
+
+__all__ = ["LOOP_PRESETS", "PRESETS", "DppoAgent", "DppoConfig", "preset_for"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DppoConfig(OnPolicyConfig):
+    """Hyperparameters of the denoising MDP.
+
+    Raises:
+        ValueError: a value outside its range. TypeError: a value of another type. Both name the field.
+    """
+
+    num_steps: int = 10
+    """K: Euler steps from noise to an action."""
+    sigma: float = 0.05
+    """Standard deviation of the noise behind each step, while learning."""
+    last_steps: int = 0
+    """Learn on the last so many steps of the walk; 0 learns on all."""
+    prediction: Literal["velocity", "endpoint", "noise"] = "velocity"
+    """What the network puts out."""
+    output_scale: float = 1.0
+    """The network's output is multiplied by this."""
+    time_embed_dim: int = 8
+    """Numbers that tell the time: sin and cos of 2^k t; 0 gives t itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_config(self, _LEAST, _RANGES, _CHOICES)
+        if self.last_steps > self.num_steps:
+            raise ValueError(
+                f"DppoConfig: last_steps must be at most num_steps, {self.num_steps}, got {self.last_steps}"
+            )
+        if self.time_embed_dim % 2:
+            raise ValueError(f"DppoConfig: time_embed_dim must be even, or 0 for t itself, got {self.time_embed_dim}")
+        if self.entropy_coef:
+            raise ValueError(
+                f"DppoConfig: entropy_coef must be 0, the entropy of a step is fixed; got {self.entropy_coef}"
+            )
+
+
+_LEAST = {"num_steps": 1, "last_steps": 0, "time_embed_dim": 0}
+_POSITIVE = (lambda x: x > 0, "a positive number")
+_RANGES = {"sigma": _POSITIVE, "output_scale": _POSITIVE}
+_CHOICES: dict[str, tuple[object, ...]] = {"prediction": ("velocity", "endpoint", "noise")}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Ours, for two CPU cores: 16 environments of 128 steps.
+    "cpu": {"normalize_rewards": True},
+    # FPO's baseline on MuJoCo Playground.
+    "playground": {
+        "actor_hidden": (32, 32, 32, 32),
+        "critic_hidden": (256, 256, 256, 256, 256),
+        "output_scale": 0.25,
+        "squash": "tanh",
+        "clip": 0.2,
+        "gamma": 0.995,
+        "rollout_steps": 480,
+        "num_epochs": 16,
+        "num_minibatches": 32,
+        "normalize_advantages": "minibatch",
+        "recompute_advantages": True,
+        "value_coef": 0.25,
+        "reward_scale": 10.0,
+        "max_grad_norm": 0.0,
+        "adam_eps": 1e-8,
+    },
+}
+LOOP_PRESETS: dict[str, dict[str, Any]] = {"playground": {"num_envs": 2048, "steps": 60_000_000}}
+
+
+def preset_for(env_name: str) -> str | None:
+    """Name of the preset for an environment; None if none fits."""
+    return None
+
+
+class DppoAgent(OnPolicyAgent):
+    """A flow policy trained on the steps of its walk; see `fastflow.agents.on_policy.OnPolicyAgent`."""
+
+    config_class = DppoConfig
+
+    def _make_actor(self) -> nn.Module:
+        return flow_policy(self.config, self.obs_dim, self.action_dim)
+
+    def _draw(self, obs: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        shape = (config.num_steps + 1, obs.shape[0], self.action_dim)
+        draws = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+        chain = ops.integrate(
+            self.networks.actor.field,  # type: ignore[arg-type]
+            draws[0],
+            obs,
+            num_steps=config.num_steps,
+            step_noise=config.sigma * draws[1:],
+            trajectory=True,
+            backend=config.backend,
+            precision=config.precision,
+        )
+        return chain[-1], {"chain": chain.movedim(0, 1)}
+
+    def _decide(self, actor: nn.Module, obs: Tensor, generator: torch.Generator | None, deterministic: bool) -> Tensor:
+        return actor(obs, deterministic=deterministic, generator=None if deterministic else generator)
+
+    def _prepare(self, obs: Tensor, rollout: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        first = self.config.num_steps - (self.config.last_steps or self.config.num_steps)
+        chain = rollout["chain"].flatten(0, 1)[:, first:]
+        rows = {"x_t": chain[:, :-1], "target": self.config.num_steps * chain.diff(dim=1)}
+        return rows | {"old": self._step_losses({"obs": obs, **rows})}
+
+    def _step_losses(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """L [R, K] of the chain's steps."""
+        config = self.config
+        count, steps, _ = rows["x_t"].shape
+        t = torch.arange(config.num_steps - steps, config.num_steps, device=self.device).to(self.dtype)
+        losses = ops.velocity_matching_loss(
+            self.networks.actor.field,  # type: ignore[arg-type]
+            rows["x_t"],
+            (t / config.num_steps).expand(count, steps),
+            rows["target"],
+            rows["obs"],
+            reduction="none",
+            dim_reduction="sum",
+            backend=config.backend,
+            precision=config.precision,
+        )
+        return losses / (2 * (config.num_steps * config.sigma) ** 2)
+
+    def _actor_loss(self, rows: Mapping[str, Tensor], advantages: Tensor) -> ActorLoss:
+        losses = self._step_losses(rows)
+        found = self._clipped(flow_log_ratio(rows["old"], losses, per="pair"), advantages)
+        return found._replace(metrics={"flow_loss": losses.detach().mean()})

@@ -1,0 +1,90 @@
+"""Figures of on-policy runs: returns over environment steps, and what the time was spent on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastflow.errors import UserError
+from fastflow.plot import COLORS, column, figure_style, labels_of, new_figure, save_figure
+from fastflow.record import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw_returns", "draw_time", "plot_runs"]
+
+_PARTS = ("env", "sampling", "update", "evaluation")
+_NAMES = {"env": "environments", "sampling": "sampling actions", "update": "updates", "evaluation": "evaluations"}
+
+
+def draw_returns(axis: Axes, runs: Sequence[Run]) -> None:
+    """Returns over environment steps: evaluations without noise (solid), with noise (dashed), rollouts (faint)."""
+    drawn = False
+    for i, (run, label) in enumerate(zip(runs, labels_of(runs), strict=True)):
+        color = COLORS[i % len(COLORS)]
+        steps, values = column(run.train.rows(), "rollout/episode.return")
+        axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+        rows = run.eval.rows()
+        for name, style in (("evaluation/episode.return.random", "--"), ("evaluation/episode.return", "-")):
+            steps, values = column(rows, name)
+            drawn = drawn or bool(len(steps))
+            text = f"{label}, with noise" if style == "--" else label
+            axis.plot(steps, values, style, color=color, linewidth=1.1 if style == "--" else 2, label=text)
+    if drawn:
+        axis.legend(fontsize=8)
+    else:
+        axis.text(0.5, 0.5, "no evaluations yet", transform=axis.transAxes, ha="center", color="#888888")
+    axis.set_title("Return (faint: in rollouts)")
+    axis.set_ylabel("undiscounted return of an episode")
+    steps_axis(axis)
+
+
+def draw_time(axis: Axes, runs: Sequence[Run]) -> None:
+    """Seconds of each run by what they were spent on, one bar per run."""
+    left = np.zeros(len(runs))
+    for part, color in zip(_PARTS, COLORS, strict=False):
+        table = [run.eval.rows() if part == "evaluation" else run.train.rows() for run in runs]
+        seconds = np.array([column(rows, f"time/{part}")[1].sum() for rows in table])
+        axis.barh(range(len(runs)), seconds, left=left, color=color, label=_NAMES[part])
+        left += seconds
+    axis.set_yticks(range(len(runs)), labels_of(runs))
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("seconds")
+    axis.set_title("Where the time went")
+    axis.legend(fontsize=8, loc="lower right")
+
+
+def steps_axis(axis: Axes) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.set_xlabel("environment steps")
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def plot_runs(
+    paths: Sequence[str | Path], *, output: str | Path | None = None, checkpoint: int | None = None
+) -> list[Path]:
+    """Draws learning_curve.png: returns, and where the time went; what `fastflow plot` does with on-policy runs.
+
+    Args:
+        paths: run folders. output: folder for the figure; by default RUN/figures of the first run. checkpoint: unused.
+
+    Raises:
+        UserError: not a run folder, matplotlib is not installed, a file cannot be written.
+    """
+    if not paths:
+        raise UserError("plot: expected at least one run folder")
+    runs = [Run.open(path) for path in paths]
+    folder = runs[0].path / "figures" if output is None else Path(output)
+    with figure_style():
+        figure, axes = new_figure(2)
+        draw_returns(axes[0], runs)
+        draw_time(axes[1], runs)
+        figure.suptitle(" / ".join(dict.fromkeys(run.config["env"] for run in runs)), x=0.01, ha="left")
+        return [save_figure(figure, folder / "learning_curve.png")]
