@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastflow.errors import UserError
+from fastflow.experiments.report import estimate, finished, run_path
 from fastflow.plot import COLORS, column, figure_style, labels_of, new_figure, save_figure
 from fastflow.record import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_returns", "draw_time", "plot_runs"]
+    from fastflow.experiments.declare import Experiment
+
+__all__ = ["draw_experiment", "draw_returns", "draw_time", "plot_runs"]
 
 _PARTS = ("env", "sampling", "update", "evaluation")
 _NAMES = {"env": "environments", "sampling": "sampling actions", "update": "updates", "evaluation": "evaluations"}
@@ -47,8 +50,7 @@ def draw_time(axis: Axes, runs: Sequence[Run]) -> None:
     """Seconds of each run by what they were spent on, one bar per run."""
     left = np.zeros(len(runs))
     for part, color in zip(_PARTS, COLORS, strict=False):
-        table = [run.eval.rows() if part == "evaluation" else run.train.rows() for run in runs]
-        seconds = np.array([column(rows, f"time/{part}")[1].sum() for rows in table])
+        seconds = np.array([_seconds(run, part) for run in runs])
         axis.barh(range(len(runs)), seconds, left=left, color=color, label=_NAMES[part])
         left += seconds
     axis.set_yticks(range(len(runs)), labels_of(runs))
@@ -88,3 +90,62 @@ def plot_runs(
         draw_time(axes[1], runs)
         figure.suptitle(" / ".join(dict.fromkeys(run.config["env"] for run in runs)), x=0.01, ha="left")
         return [save_figure(figure, folder / "learning_curve.png")]
+
+
+def draw_experiment(experiment: Experiment, seeds: Sequence[int], folder: Path) -> list[Path]:
+    """Draws curves.png of an experiment: returns over environment steps without and with noise, interquartile mean and
+    interval over seeds for each arm, and the median seconds of a run by what they were spent on.
+
+    Args:
+        experiment: whose finished runs lie in `folder`. seeds: of the report.
+    """
+    runs = {
+        arm: [run for seed in seeds if (run := finished(run_path(folder, arm, seed))) is not None]
+        for arm in experiment.arms
+    }
+    runs = {arm: found for arm, found in runs.items() if found}
+    if not runs:
+        return []
+    with figure_style():
+        figure, axes = new_figure(3, 4.6, 3.6)
+        for axis, name, title in (
+            (axes[0], "evaluation/episode.return", "Return without noise"),
+            (axes[1], "evaluation/episode.return.random", "Return with noise"),
+        ):
+            for color, (arm, found) in zip(COLORS, runs.items(), strict=False):
+                _draw_interval(axis, [column(run.eval.rows(), name) for run in found], color, arm.label)
+            axis.set_title(title)
+            steps_axis(axis)
+        axes[0].legend(fontsize=8)
+        left = np.zeros(len(runs))
+        for part, color in zip(_PARTS, COLORS[3:], strict=False):
+            seconds = np.array([np.median([_seconds(run, part) for run in found]) for found in runs.values()])
+            axes[2].barh(range(len(runs)), seconds, left=left, color=color, label=_NAMES[part])
+            left += seconds
+        axes[2].set_yticks(range(len(runs)), [arm.label for arm in runs])
+        axes[2].invert_yaxis()
+        axes[2].grid(axis="y", visible=False)
+        axes[2].set_xlabel("seconds of a run, median over seeds")
+        axes[2].set_title("Where the time went")
+        axes[2].legend(fontsize=8)
+        count = ", ".join(f"{arm.label}: {len(found)}" for arm, found in runs.items())
+        figure.suptitle(f"{experiment.title} (seeds: {count})", x=0.01, ha="left", fontsize=10.5)
+        return [save_figure(figure, folder / "curves.png")]
+
+
+def _draw_interval(axis: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], color: str, label: str) -> None:
+    """The runs as thin lines; their interquartile mean and interval where all have been evaluated."""
+    for steps, values in curves:
+        axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.35)
+    common = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in curves)))
+    rows = [[float(values[steps == step][0]) for steps, values in curves] for step in common]
+    estimates = [estimate(row) for row in rows]
+    axis.plot(common, [e.center for e in estimates], color=color, linewidth=2, label=label)
+    axis.fill_between(
+        common, [e.low for e in estimates], [e.high for e in estimates], color=color, alpha=0.18, linewidth=0
+    )
+
+
+def _seconds(run: Run, part: str) -> float:
+    rows = run.eval.rows() if part == "evaluation" else run.train.rows()
+    return float(column(rows, f"time/{part}")[1].sum())

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastflow import ops
 from fastflow.fields import VelocityField
 from fastflow.philox import PhiloxNoise
-from fastflow.surrogate import Negative, Ratio, Surrogate, flow_log_ratio, surrogate
+from fastflow.surrogate import Negative, Ratio, flow_log_ratio, surrogate
 
 __all__ = ["FlowPolicyLoss", "flow_policy_loss"]
 
@@ -94,27 +94,27 @@ def flow_policy_loss(
         per=ratio, loss_clamp=loss_clamp, difference_clamp=difference_clamp, straight_through=straight_through
     )
 
-    def block(part: slice) -> tuple[Surrogate, Tensor, Tensor]:
-        losses = pair_losses(
-            field, _rows(x_0, part), action[part], None if t is None else t[part], cond[part], **matching
-        )
-        log_ratio = flow_log_ratio(old[part], losses, **ratios)
-        return surrogate(log_ratio, advantages[part], clip, negative), log_ratio.detach(), losses.detach()
+    # Made first: small tensors that outlive a block would lie between the blocks' own memory and break it up.
+    log_ratio = old.new_empty(rows, 1 if ratio == "action" else old.shape[1])
+    clipped, now = torch.empty_like(log_ratio, dtype=torch.bool), torch.empty_like(old)
 
-    size = max(max_pairs // old.shape[1], 1)
-    parts = [slice(i, min(i + size, rows)) for i in range(0, max(rows, 1), size)]
+    def block(part: slice) -> Tensor:
+        """This block's share of the loss."""
+        times = None if t is None else t[part]
+        losses = pair_losses(field, _rows(x_0, part), action[part], times, cond[part], **matching)
+        change = flow_log_ratio(old[part], losses, **ratios)
+        found = surrogate(change, advantages[part], clip, negative)
+        with torch.no_grad():
+            log_ratio[part], clipped[part], now[part] = change, found.clipped, losses
+        return found.loss if part.stop - part.start == rows else found.loss * ((part.stop - part.start) / rows)
+
+    parts = _parts(rows, old.shape[1], max_pairs)
     parameters = [p for p in field.parameter_list() if p.requires_grad]
-    if len(parts) == 1:
-        found, log_ratio, losses = block(parts[0])
-        return _result(found.loss, [found], [log_ratio], [losses])
-    if not (torch.is_grad_enabled() and parameters):
-        blocks = [block(part) for part in parts]
-        weights = [(part.stop - part.start) / rows for part in parts]
-        loss = torch.stack([b[0].loss * w for b, w in zip(blocks, weights)]).sum()
-        return _result(loss, *map(list, zip(*blocks)))
-    seen: list[Any] = []
-    loss = _Blocks.apply(block, parts, rows, seen, *parameters)
-    return _result(loss, *map(list, zip(*seen)))
+    if len(parts) > 1 and torch.is_grad_enabled() and parameters:
+        loss = _Blocks.apply(block, parts, *parameters)
+    else:
+        loss = torch.stack([block(part) for part in parts]).sum()
+    return FlowPolicyLoss(loss, log_ratio.exp(), log_ratio, clipped.to(old.dtype).mean(), now.mean())
 
 
 def pair_losses(
@@ -127,23 +127,32 @@ def pair_losses(
     error: str = "velocity",
     dim_reduction: str = "mean",
     loss_scale: float = 1.0,
+    max_pairs: int = MAX_PAIRS,
     backend: str | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """Losses [B, N] of pairs; arguments as for `flow_policy_loss`. A row's are the same in every batch, bit for bit."""
-    losses = ops.flow_matching_loss(
-        field,
-        x_0,
-        action,
-        t,
-        cond,
-        reduction="none",
-        dim_reduction=dim_reduction,
-        error=error,
-        backend=backend,
-        precision=precision,
-    )
+    """Losses [B, N] of pairs; arguments as for `flow_policy_loss`. A row's are the same in every batch, bit for bit.
+
+    Without gradients `max_pairs` are computed at once: what noise is drawn from takes more room than the losses.
+    """
+    options = dict(reduction="none", dim_reduction=dim_reduction, error=error, backend=backend, precision=precision)
+
+    def block(part: slice) -> Tensor:
+        times = None if t is None else t[part]
+        return ops.flow_matching_loss(field, _rows(x_0, part), action[part], times, cond[part], **options)  # type: ignore[arg-type]
+
+    parts = [slice(0, len(action))]
+    if not torch.is_grad_enabled():
+        parts = _parts(len(action), x_0.samples if isinstance(x_0, PhiloxNoise) else x_0.shape[1], max_pairs)
+    blocks = [block(part) for part in parts]
+    losses = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     return losses * loss_scale if loss_scale != 1 else losses
+
+
+def _parts(rows: int, pairs: int, max_pairs: int) -> list[slice]:
+    """Blocks of rows of at most `max_pairs` pairs, one row at least."""
+    size = max(max_pairs // pairs, 1)
+    return [slice(i, min(i + size, rows)) for i in range(0, max(rows, 1), size)]
 
 
 def _rows(x_0: Tensor | PhiloxNoise, part: slice) -> Tensor | PhiloxNoise:
@@ -152,32 +161,21 @@ def _rows(x_0: Tensor | PhiloxNoise, part: slice) -> Tensor | PhiloxNoise:
     return x_0[part]
 
 
-def _result(loss: Tensor, found: list[Surrogate], log_ratio: list[Tensor], losses: list[Tensor]) -> FlowPolicyLoss:
-    ratio, clipped = (torch.cat(parts) for parts in zip(*((s.ratio, s.clipped) for s in found)))
-    return FlowPolicyLoss(loss, ratio, torch.cat(log_ratio), clipped.to(ratio.dtype).mean(), torch.cat(losses).mean())
-
-
 class _Blocks(torch.autograd.Function):
     """The loss over blocks of rows, each with its gradient before the next begins."""
 
     @staticmethod
-    def forward(ctx: Any, block: Any, parts: list[slice], rows: int, seen: list[Any], *parameters: Tensor) -> Tensor:
-        total, grads = None, None
+    def forward(ctx: Any, block: Any, parts: list[slice], *parameters: Tensor) -> Tensor:
+        losses = []
+        grads = [torch.zeros_like(p) for p in parameters]
         for part in parts:
             with torch.enable_grad():
-                found, log_ratio, losses = block(part)
-                share = found.loss * ((part.stop - part.start) / rows)
-                block_grads = torch.autograd.grad(share, parameters)
-            seen.append((Surrogate(share.detach(), found.ratio, found.clipped), log_ratio, losses))
-            total = share.detach() if total is None else total + share.detach()
-            if grads is None:
-                grads = list(block_grads)
-            else:
-                torch._foreach_add_(grads, block_grads)
-        ctx.save_for_backward(*(grads or ()))
-        assert total is not None
-        return total
+                share = block(part)
+                torch._foreach_add_(grads, torch.autograd.grad(share, parameters))
+            losses.append(share.detach())
+        ctx.save_for_backward(*grads)
+        return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, *output: Tensor) -> tuple[Any, ...]:
-        return (None, None, None, None, *(output[0] * grad for grad in ctx.saved_tensors))
+        return (None, None, *(output[0] * grad for grad in ctx.saved_tensors))
