@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from fastflow.ops import flow_matching_loss, integrate, velocity_matching_loss
     from fastflow.philox import PhiloxNoise
+    from fastflow.policy_loss import FlowPolicyLoss, flow_policy_loss, pair_losses
     from fastflow.successor import SuccessorFlow
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "FieldSpec",
     "FlowCritic",
     "FlowPolicy",
+    "FlowPolicyLoss",
     "FrozenFlowCritic",
     "FrozenFlowPolicy",
     "FrozenWalk",
@@ -62,7 +64,9 @@ __all__ = [
     "VelocityField",
     "__version__",
     "flow_matching_loss",
+    "flow_policy_loss",
     "integrate",
+    "pair_losses",
     "velocity_matching_loss",
 ]
 
@@ -86,6 +90,7 @@ _MODULES = {
     "modules": ["FlowCritic", "FlowPolicy", "FrozenFlowCritic", "FrozenFlowPolicy", "OneStepPolicy", "ValueNetwork"],
     "ops": ["flow_matching_loss", "integrate", "velocity_matching_loss"],
     "philox": ["PhiloxNoise"],
+    "policy_loss": ["FlowPolicyLoss", "flow_policy_loss", "pair_losses"],
     "successor": ["SuccessorFlow"],
 }
 

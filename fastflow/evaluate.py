@@ -41,11 +41,13 @@ class Episodes:
         success: 0 or 1 each, [N]; NaN where the environment does not tell.
         returns: undiscounted sums of rewards, [N].
         lengths: environment steps, [N].
+        invalid: episodes that ended in a reward or an observation that was not finite.
     """
 
     success: np.ndarray
     returns: np.ndarray
     lengths: np.ndarray
+    invalid: int = 0
 
     def metrics(self) -> dict[str, float]:
         """Means over episodes under the names of the FQL family."""
@@ -54,6 +56,7 @@ class Episodes:
             **({} if math.isnan(success) else {"success": success}),
             "episode.return": float(self.returns.mean()),
             "episode.length": float(self.lengths.mean()),
+            **({"invalid": float(self.invalid)} if self.invalid else {}),
         }
 
 
@@ -111,6 +114,7 @@ class Rollouts:
 
         Raises:
             ValueError: episodes < 1.
+            UserError: an environment raised; it names the episode and the step.
         """
         if episodes < 1:
             raise ValueError(f"episodes: expected at least 1, got {episodes}")
@@ -118,6 +122,7 @@ class Rollouts:
         seeds = np.random.SeedSequence(seed).generate_state(episodes + 1)
         generator = torch.Generator(agent.device).manual_seed(int(seeds[-1]))
         success, returns, lengths = (np.zeros(episodes) for _ in range(3))
+        invalid = 0
         playing: list[int | None] = list(range(len(envs)))
         started = len(envs)
         observations = np.stack([env.reset(seed=int(seeds[i]))[0] for i, env in enumerate(envs)]).astype(np.float32)
@@ -129,9 +134,19 @@ class Rollouts:
             for slot, (env, episode) in enumerate(zip(envs, playing, strict=True)):
                 if episode is None:
                     continue
-                observation, reward, terminated, truncated, info = env.step(actions[slot])
-                returns[episode] += float(reward)
+                try:
+                    observation, reward, terminated, truncated, info = env.step(actions[slot])
+                except Exception as error:
+                    raise UserError(
+                        f"{self.env_name}: the environment raised in evaluation episode {episode} at step "
+                        f"{int(lengths[episode])}: {type(error).__name__}: {error}"
+                    ) from error
                 lengths[episode] += 1
+                if not (math.isfinite(reward) and np.isfinite(observation).all()):
+                    # A simulation that broke ends the episode instead of poisoning means.
+                    observation, reward, terminated = observations[slot], 0.0, True
+                    invalid += 1
+                returns[episode] += float(reward)
                 if terminated or truncated:
                     success[episode] = float(info.get("success", math.nan))
                     playing[slot] = started if started < episodes else None
@@ -139,7 +154,7 @@ class Rollouts:
                         observation, _ = env.reset(seed=int(seeds[started]))
                         started += 1
                 observations[slot] = observation
-        return Episodes(success, returns, lengths)
+        return Episodes(success, returns, lengths, invalid)
 
     def close(self) -> None:
         """Closes the environments."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -78,11 +79,14 @@ class OnlineSettings(LoopSettings[OnPolicy]):
                 f"agent.num_minibatches: expected at most the {rows} rows of a rollout ({self.num_envs} environments x "
                 f"{self.agent.rollout_steps} steps), got {self.agent.num_minibatches}"
             )
-        for name in ("steps", "log_interval", "eval_interval", "save_interval"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value:
-                # The loop looks at its step after whole rollouts only.
-                object.__setattr__(self, name, max(value // rows, 1) * rows)
+
+    def whole(self) -> OnlineSettings[OnPolicy]:
+        """In whole rollouts, after which alone the loop looks at its step: each number of steps rounded down to a
+        multiple, at least one rollout."""
+        names = ("steps", "log_interval", "eval_interval", "save_interval")
+        given = {name: getattr(self, name) for name in names}
+        rounded = {name: max(n // self.stride, 1) * self.stride for name, n in given.items() if n}
+        return dataclasses.replace(self, **rounded)
 
     @property
     def stride(self) -> int:
@@ -118,6 +122,24 @@ class _Episodes:
         self.ended.clear()
         self.invalid = 0
         return row
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, for a checkpoint; an unknown success is -1 there, because checkpoints hold finite numbers."""
+        ended = np.array(self.ended, dtype=np.float64).reshape(-1, 3)
+        return {
+            "returns": torch.from_numpy(self.returns.copy()),
+            "lengths": torch.from_numpy(self.lengths.copy()),
+            "ended": torch.from_numpy(np.where(np.isnan(ended), -1.0, ended)) if len(ended) else torch.zeros(0, 3),
+            "invalid": torch.tensor(self.invalid),
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `tensors` gave."""
+        self.returns[:] = state["returns"].numpy()
+        self.lengths[:] = state["lengths"].numpy()
+        rows = state["ended"].tolist()
+        self.ended = [(returns, length, math.nan if success < 0 else success) for returns, length, success in rows]
+        self.invalid = int(state["invalid"])
 
 
 class OnlineTask(Task):
@@ -291,10 +313,7 @@ class OnlineTask(Task):
         if snapshot is None:
             return {}
         state = {f"envs/{name}": torch.from_numpy(_signed(array)) for name, array in snapshot.items()}
-        return state | {
-            "returns": torch.from_numpy(self._episodes.returns.copy()),
-            "lengths": torch.from_numpy(self._episodes.lengths.copy()),
-        }
+        return state | self._episodes.tensors()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up the episodes under way; begins new ones where the environments could not be saved, and says so."""
@@ -314,8 +333,7 @@ class OnlineTask(Task):
         self._obs = self.envs.restore(
             {name: array.view(expected[name].dtype) if name in expected else array for name, array in arrays.items()}
         )
-        self._episodes.returns[:] = state["returns"].numpy()
-        self._episodes.lengths[:] = state["lengths"].numpy()
+        self._episodes.load(state)
 
     def close(self) -> None:
         """Closes the environments."""

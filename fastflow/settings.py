@@ -11,6 +11,7 @@ from typing import ClassVar, Generic, Literal, TypeVar
 __all__ = ["AgentConfig", "LoopSettings", "WorldSettings"]
 
 AgentConfig = TypeVar("AgentConfig")
+Settings = TypeVar("Settings", bound="LoopSettings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,10 @@ class LoopSettings(Generic[AgentConfig]):
         "keep_checkpoints": 0,
         "threads": 0,
     }
+
+    def whole(self: Settings) -> Settings:
+        """As the loop can follow them: a task whose updates are many steps rounds numbers of steps."""
+        return self
 
     def __post_init__(self) -> None:
         for name, bound in self.least.items():

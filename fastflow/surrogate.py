@@ -93,7 +93,8 @@ def surrogate(log_ratio: Tensor, advantages: Tensor, clip: float, negative: Nega
 
         "clip" (PPO):  min(rho A, clip(rho, 1 - clip, 1 + clip) A)
         "aspo" (FPO++): the same where A >= 0; where A < 0 the simple policy objective
-                       rho A - |A| / (2 clip) (rho - 1)^2, whose gradient never vanishes and pulls back from afar.
+                       rho A - |A| / (2 clip) (rho - 1)^2, greatest at 1 - clip: its gradient goes on beyond the range
+                       and pulls ratios back into it.
 
     Args:
         log_ratio: [B, N]. advantages: [B], shared by a row's pairs, without gradient.

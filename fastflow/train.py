@@ -253,6 +253,7 @@ class _Training:
     """One call of `train`: what must be true before the first update is checked here, before a folder is made."""
 
     def __init__(self, settings: LoopSettings[Any], agent_name: str, out: Callable[[str], None]) -> None:
+        settings = settings.whole()
         self.settings = settings
         self.agent_name = agent_name
         self.out = out
@@ -512,11 +513,14 @@ class _Training:
             self._read_meter()
         began = time.perf_counter()
         self.display.doing("evaluating")
-        metrics = self.task.evaluate(
-            self.agent,
-            _derived_seed(settings.seed, "evaluation", self.step),
-            lambda: self.stop.requested is not None,
-        )
+        try:
+            metrics = self.task.evaluate(
+                self.agent,
+                _derived_seed(settings.seed, "evaluation", self.step),
+                lambda: self.stop.requested is not None,
+            )
+        except UserError as error:
+            raise self._lost(error) from error
         self.display.doing("")
         now = time.perf_counter()
         # The rate of updates does not count time spent here.

@@ -82,7 +82,13 @@ def test_help_lists_the_commands(flag, capsys):
         assert f"\n  {name} " in printed
 
 
-@pytest.mark.parametrize("name", ["collect", "train", "train floq", "evaluate", "plot", "relabel", "info"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("collect", "train", "train floq", "train fpo", "train dppo", "train ppo", "evaluate", "plot", "relabel"),
+        "info",
+    ],
+)
 def test_help_of_each_command(name, capsys):
     try:
         code = main([*name.split(), "--help"])
@@ -99,6 +105,14 @@ def test_help_of_train_shows_the_preset(capsys):
     printed = capsys.readouterr().out
     assert "300.0" in printed
     assert "--agent.critic-flow-steps" in printed
+
+
+def test_help_of_on_policy_training_shows_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "fpo", "--env", "Pendulum-v1", "--preset", "playground", "--help"])
+    printed = capsys.readouterr().out
+    for text in ("--num-envs", "2048", "--agent.num-pairs", "--agent.clip", "0.05", "--eval-noise"):
+        assert text in printed
 
 
 def test_version(capsys):
@@ -156,6 +170,17 @@ def test_commands_on_something_else(capsys, tmp_path):
         assert_error(main([name, str(tmp_path)]), capsys, "not a run folder")
         assert_error(main([name]), capsys, "at least one run folder")
     assert_error(main(["train", "floq", "--resume", str(tmp_path)]), capsys, "not a run folder")
+
+
+def test_runs_of_different_kinds(capsys, tmp_path):
+    """Agents on the same kind of task may come together, others not."""
+    paths = {name: str(tmp_path / name) for name in ("fpo", "ppo", "floq", "sac")}
+    for name, path in paths.items():
+        Run.create(Path(path), {"agent_name": name, "env": ENV})
+    for command in ("evaluate", "plot"):
+        code = main([command, paths["fpo"], paths["floq"]])
+        assert_error(code, capsys, "runs: expected runs of one agent, or of one kind, got floq, fpo")
+        assert_error(main([command, paths["sac"]]), capsys, "agent sac, which this version does not know")
 
 
 def test_evaluating_no_episodes(capsys, tmp_path):
@@ -288,6 +313,23 @@ def test_full_disk_while_training(python, data, tmp_path):
 
     assert main(going_on) == 0
     assert Run.open(run).checkpoint_steps() == [3, 6]
+
+
+@pytest.mark.parametrize("agent", ["fpo", "dppo", "ppo"])
+def test_on_policy_runs(agent, tmp_path, capsys):
+    """Trained, trained on, evaluated and drawn."""
+    pytest.importorskip("matplotlib")
+    run = str(tmp_path / "run")
+    flags = "--num-envs 4 --rollout-steps 4 --num-minibatches 2 --num-epochs 1 --eval-episodes 2 --no-tensorboard"
+    flags += " --preset none --device cpu --steps 32 --log-interval 16 --eval-interval 16"
+    assert main(["train", agent, "--env", "bandit-two-modes", "--run-dir", run, *shlex.split(flags)]) == 0
+    assert main(["train", agent, "--resume", run, "--steps", "48"]) == 0
+    assert "going on from the checkpoint after 32 environment steps" in capsys.readouterr().out
+    assert Run.open(Path(run)).checkpoint_steps() == [32, 48]
+    assert Run.open(Path(run)).config["agent"]["rollout_steps"] == 4
+    assert main(["evaluate", run, "--episodes", "2", "--device", "cpu"]) == 0
+    assert main(["plot", run]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("learning_curve.png")
 
 
 def test_plot_draws_both_figures(data, tmp_path, capsys):

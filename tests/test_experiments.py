@@ -54,6 +54,14 @@ def weight_norm(run: Run) -> dict[str, float]:
     return {"norm": math.sqrt(sum(float(t.double().square().sum()) for t in tensors if t.is_floating_point()))}
 
 
+def draw_picture(experiment: Experiment, seeds, folder: Path) -> list[Path]:
+    """An `Experiment.picture`: which runs there are, in words."""
+    path = folder / "picture.txt"
+    finished = [arm.name for arm in experiment.arms if (folder / arm.name / "seed0" / "train.csv").is_file()]
+    path.write_text(f"{experiment.name} {list(seeds)} {' '.join(finished)}")
+    return [path]
+
+
 def make(settings=SMALL, **changes) -> Experiment:
     values = {
         "name": "steps-of-the-walk",
@@ -112,6 +120,8 @@ def quiet(text: str) -> None:
         ({"sizes": {}}, "sizes: expected at least one"),
         ({"x": "horizon"}, "x: expected an arm with a number on the axis 'horizon'"),
         ({"name": "../up"}, "experiment: expected letters"),
+        ({"picture": "module.function"}, "picture: expected module:function, got 'module.function'"),
+        ({"picture": "test_experiments:draw picture"}, "picture: expected module:function"),
     ],
 )
 def test_declaration_that_cannot_be(changes, message):
@@ -510,6 +520,54 @@ def test_further_metrics_that_fail_or_change(done):
     assert "expected a dict of numbers by name, got int" in lines[-1]
     assert "1 of 4 finished" in (folder / "summary.md").read_text(encoding="utf-8")
     assert Run.open(folder / "k2" / "seed0").checkpoint_path(20).stat().st_mtime_ns == checkpoint
+
+
+BANDIT = {
+    "env": "bandit-two-modes",
+    "preset": "none",
+    "device": "cpu",
+    "steps": 32,
+    "num_envs": 4,
+    "log_interval": 16,
+    "eval_interval": 32,
+    "eval_episodes": 2,
+    "agent.rollout_steps": 4,
+    "agent.num_minibatches": 2,
+    "agent.num_epochs": 1,
+}
+
+
+def test_arms_with_agents_of_their_own(tmp_path):
+    pytest.importorskip("gymnasium")
+    pytest.importorskip("tyro")
+    experiment = make(
+        agent="fpo",
+        arms=(
+            Arm("fpo", "FPO", {"agent.num_pairs": 2}),
+            Arm("ppo", "PPO", {"agent.init_std": 0.5}, agent="ppo"),
+        ),
+        sizes={"small": Size(BANDIT, (0,), "1 CPU core, 20 seconds")},
+        metrics=(Metric("evaluation/episode.return", "return", "higher", compare="difference"),),
+        reference="ppo",
+        picture="test_experiments:draw_picture",
+    )
+    folder = tmp_path / "it"
+    written = run(experiment, output=folder, jobs=2, out=quiet)
+    assert [path.name for path in written][-1] == "picture.txt"
+    assert (folder / "picture.txt").read_text() == "steps-of-the-walk [0] fpo ppo"
+    for name in ("fpo", "ppo"):
+        config = Run.open(folder / name / "seed0").config
+        assert (config["agent_name"], config["steps"]) == (name, 32)
+    assert config["agent"]["init_std"] == 0.5
+    assert "num_pairs" not in config["agent"]
+    facts = json.loads((folder / "experiment.json").read_text())
+    assert [arm.get("agent") for arm in facts["arms"].values()] == [None, "ppo"]
+    # Drawn anew without training; and another agent is another experiment.
+    (folder / "picture.txt").unlink()
+    assert folder / "picture.txt" in run(experiment, output=folder, plot_only=True, out=quiet)
+    arms = (experiment.arms[0], dataclasses.replace(experiment.arms[1], agent="dppo"))
+    with pytest.raises(UserError, match=r"arms\.ppo\.agent: ppo there, dppo here"):
+        run(dataclasses.replace(experiment, arms=arms), output=folder, out=quiet)
 
 
 INTERRUPTED = """

@@ -41,7 +41,7 @@ class DppoConfig(OnPolicyConfig):
     """Standard deviation of the noise behind each step, while learning."""
     last_steps: int = 0
     """Learn on the last so many steps of the walk; 0 learns on all."""
-    prediction: Literal["velocity", "endpoint", "noise"] = "velocity"
+    prediction: Literal["velocity", "endpoint"] = "velocity"
     """What the network puts out."""
     output_scale: float = 1.0
     """The network's output is multiplied by this."""
@@ -66,7 +66,7 @@ class DppoConfig(OnPolicyConfig):
 _LEAST = {"num_steps": 1, "last_steps": 0, "time_embed_dim": 0}
 _POSITIVE = (lambda x: x > 0, "a positive number")
 _RANGES = {"sigma": _POSITIVE, "output_scale": _POSITIVE}
-_CHOICES: dict[str, tuple[object, ...]] = {"prediction": ("velocity", "endpoint", "noise")}
+_CHOICES: dict[str, tuple[object, ...]] = {"prediction": ("velocity", "endpoint")}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for two CPU cores: 16 environments of 128 steps.
@@ -126,6 +126,10 @@ class DppoAgent(OnPolicyAgent):
         return actor(obs, deterministic=deterministic, generator=None if deterministic else generator)
 
     def _prepare(self, obs: Tensor, rollout: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        expected = (*rollout["rewards"].shape, self.config.num_steps + 1, self.action_dim)
+        if "chain" not in rollout:
+            raise ValueError("DppoAgent: rollout must have chain, from explore; it is missing")
+        self._check("chain", rollout["chain"], expected)
         first = self.config.num_steps - (self.config.last_steps or self.config.num_steps)
         chain = rollout["chain"].flatten(0, 1)[:, first:]
         rows = {"x_t": chain[:, :-1], "target": self.config.num_steps * chain.diff(dim=1)}

@@ -74,8 +74,8 @@ class FpoConfig(OnPolicyConfig):
     """Keep the pairs' noise for an update, or compute it again in every pass from a counter (R N A floats less)."""
     action_noise: float = 0.0
     """Standard deviation of Gaussian noise that exploration adds to an action."""
-    prediction: Literal["velocity", "endpoint", "noise"] = "velocity"
-    """What the network puts out."""
+    prediction: Literal["velocity", "endpoint"] = "velocity"
+    """What the network puts out. An end point needs grid or skewed times: at t = 1 its velocity is infinite."""
     output_scale: float = 1.0
     """The network's output is multiplied by this (0.25 in Playground)."""
     time_embed_dim: int = 8
@@ -86,6 +86,11 @@ class FpoConfig(OnPolicyConfig):
         check_config(self, _LEAST, _RANGES, _CHOICES)
         if self.time_embed_dim % 2:
             raise ValueError(f"FpoConfig: time_embed_dim must be even, or 0 for t itself, got {self.time_embed_dim}")
+        if self.prediction == "endpoint" and self.time_sampling == "uniform":
+            raise ValueError(
+                "FpoConfig: prediction 'endpoint' needs time_sampling 'grid' or 'skewed', got 'uniform': its velocity "
+                "is infinite at t = 1"
+            )
         if self.entropy_coef and self.num_pairs < 2:
             raise ValueError("FpoConfig: entropy_coef needs num_pairs of at least 2: the estimate is about neighbours")
 
@@ -105,7 +110,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "dim_reduction": ops.DIM_REDUCTIONS,
     "time_sampling": ("uniform", "grid", "skewed"),
     "noise": ("stored", "regenerated"),
-    "prediction": ("velocity", "endpoint", "noise"),
+    "prediction": ("velocity", "endpoint"),
 }
 
 _FPO_PLUS: dict[str, Any] = {
@@ -354,10 +359,11 @@ class FpoAgent(OnPolicyAgent):
         nearest = squares.masked_fill(itself, float("inf")).amin(-1)
         return self.action_dim * 0.5 * (nearest + 1e-12).log().mean()
 
-    def _divergence(self, rows: Mapping[str, Tensor], seen: Tensor) -> Tensor:
-        """FPO++'s measure for its learning rate: the mean squared change of the predicted noise, x_t - t v."""
+    def _divergence(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """With adaptive_kl FPO++'s measure for its learning rate, the mean squared change of the predicted noise,
+        x_t - t v."""
         if "velocity" not in rows:
-            return seen
+            return super()._divergence(rows)
         x_t, t = self._points(rows)
         change = self._velocity(x_t, t, rows["obs"]) - rows["velocity"]
         return (t.unsqueeze(-1) * change).square().mean()

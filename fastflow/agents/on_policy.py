@@ -2,8 +2,9 @@
 
 One update takes a rollout [T, B] of steps in parallel environments, estimates advantages, and passes over it in
 minibatches, each with a clipped policy gradient (`fastflow.surrogate`) and a regression of the value. Observations are
-normalised by statistics that stand still from the first step of a rollout to the last minibatch of its update, so that
-the first ratios are exactly 1.
+normalised by statistics that stand still from the first step of a rollout to the last minibatch of its update, and
+kernels compute a row alike in every batch: the first ratios are exactly 1 (with backend="reference" PyTorch rounds a
+row by its place in the batch, and they are 1 to about 1e-6).
 
 Letters: T steps of B environments, R = T B rows, N ratios per row, O observation, A action.
 """
@@ -280,6 +281,7 @@ class OnPolicyAgent(abc.ABC):
                 raise ValueError(f"{name}: {argument} must be {action_dim} finite numbers, got {bound.tolist()}")
         if not bool((low < high).all()):
             raise ValueError(f"{name}: action_low must be below action_high, got {low.tolist()} and {high.tolist()}")
+        self._low, self._high = low, high
         self._middle, self._half = (low + high) / 2, (high - low) / 2
 
         source = torch.Generator().manual_seed(seed)
@@ -342,10 +344,11 @@ class OnPolicyAgent(abc.ABC):
         found = surrogate(log_ratio, advantages, self.config.clip, self.config.negative)
         return ActorLoss(found.loss, log_ratio.detach(), found.clipped.to(self.dtype).mean(), None, {})
 
-    def _divergence(self, rows: Mapping[str, Tensor], seen: Tensor) -> Tensor:
-        """How far the policy has moved from the one that acted, 0-d: by default the estimate (rho - 1) - log rho of the
-        Kullback-Leibler divergence, as the last pass saw it."""
-        return seen
+    def _divergence(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """How far the policy has moved from the one that acted, 0-d: by default the mean of (rho - 1) - log rho over
+        all rows, which estimates the Kullback-Leibler divergence."""
+        log_ratio = self._actor_loss(rows, rows["advantages"]).log_ratio
+        return (log_ratio.exp() - 1 - log_ratio).mean()
 
     # Acting -----------------------------------------------------------------------------------------------------------
 
@@ -363,7 +366,8 @@ class OnPolicyAgent(abc.ABC):
     def to_env(self, actions: Tensor) -> Tensor:
         """Actions [..., A] within the environment's bounds: by tanh, or cut off at -1 and 1; then scaled to them."""
         inside = actions.tanh() if self.config.squash == "tanh" else actions.clamp(-1, 1)
-        return self._middle + self._half * inside
+        # Rounding may lead out of the bounds again.
+        return (self._middle + self._half * inside).clamp(self._low, self._high)
 
     @torch.no_grad()
     def act(
@@ -439,16 +443,14 @@ class OnPolicyAgent(abc.ABC):
                     self._estimate(rows, rollout, rewards)
             groups[0]["lr"] = rate * config.lr * float(self._lr_factor)
             order = torch.randperm(len(rows["obs"]), generator=self.generator, device=self.device)
-            begun = len(seen)
             for index in order.tensor_split(config.num_minibatches):
                 metrics = self._minibatch({name: value[index] for name, value in rows.items()})
                 names = list(metrics)
                 seen.append(torch.stack([*metrics.values()]))
             passes += 1
             if config.adaptive_kl or config.target_kl:
-                last = torch.stack(seen[begun:])[:, names.index("actor/kl")].mean()
                 with torch.no_grad():
-                    divergence = float(self._divergence(rows, last))
+                    divergence = float(self._divergence(rows))
                 self._steer(divergence)
                 if config.target_kl and divergence > config.target_kl:
                     break
@@ -478,6 +480,7 @@ class OnPolicyAgent(abc.ABC):
         ends = (rollout["terminated"], rollout["truncated"])
         advantages = gae(rewards, values, next_values, *ends, config.gamma, config.gae_lambda)
         rows["values"] = values.flatten()
+        rows.setdefault("old_values", rows["values"])
         rows["returns"] = (advantages + values).flatten()
         rows["advantages"] = self._shaped(advantages.flatten(), "batch")
 
@@ -517,7 +520,7 @@ class OnPolicyAgent(abc.ABC):
         value = self.networks.critic(rows["obs"]).squeeze(-1)
         error = (value - rows["returns"]).square()
         if config.value_clip:
-            old = rows["values"]
+            old = rows["old_values"]
             kept = old + (value - old).clamp(-config.value_clip, config.value_clip)
             error = torch.maximum(error, (kept - rows["returns"]).square())
         critic_loss = error.mean()
