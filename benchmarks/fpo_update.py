@@ -134,9 +134,7 @@ def plain_round(plain: PlainFpo, obs: Tensor, rollout: dict[str, Tensor]) -> Cal
                 last = advantage[i] = delta + config.gamma * config.gae_lambda * last
         shape = (len(flat), config.num_pairs)
         t = (torch.rand(shape) * config.num_steps).floor() / config.num_steps
-        plain.update(
-            flat, actions, torch.randn(*shape, ACTION), t, advantage.flatten(), (advantage + values).flatten()
-        )
+        plain.update(flat, actions, torch.randn(*shape, ACTION), t, advantage.flatten(), (advantage + values).flatten())
 
     return run
 
@@ -173,6 +171,8 @@ def measure(rounds: int = 7) -> dict[str, Any]:
     differences = check(agents["fastflow fp32"], plain, rollout)
     if max(differences.values()) > 1e-4:
         raise RuntimeError(f"the two are not the same algorithm: {differences}")
+    with torch.no_grad():
+        kept = {name: _kept(agent, rollout) for name, agent in agents.items()}
     entrants = {name: fastflow_round(agent, obs, rollout) for name, agent in agents.items()}
     entrants["plain PyTorch fp32"] = plain_round(plain, obs, rollout)
     seconds: dict[str, list[float]] = {name: [] for name in entrants}
@@ -182,7 +182,13 @@ def measure(rounds: int = 7) -> dict[str, Any]:
             run()
             if i:  # the first compiles and allocates
                 seconds[name].append(time.perf_counter() - began)
-    return {"differences": differences, "seconds": seconds}
+    return {"differences": differences, "seconds": seconds, "bytes kept for an update": kept}
+
+
+def _kept(agent: FpoAgent, rollout: dict[str, Tensor]) -> int:
+    """Bytes of the pairs of a rollout: times and noise, or what both are computed from, and their old losses."""
+    rows = agent._prepare(rollout["observations"].flatten(0, 1), rollout)
+    return sum(value.nbytes for value in rows.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,13 +200,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     found = measure(given.rounds)
     base = statistics.median(found["seconds"]["plain PyTorch fp32"])
-    # As many passes as Playground makes, from the passes measured, would count against neither.
     print(f"{STEPS * ENVS:,} samples a round, {EPOCHS} passes, {given.threads} thread(s)")
     for name, seconds in found["seconds"].items():
         middle = statistics.median(seconds)
-        print(f"{name:35s} {middle:7.3f} s {STEPS * ENVS / middle:9,.0f} samples/s  {base / middle:5.2f}x")
+        kept = found["bytes kept for an update"].get(name)
+        pairs = f"  pairs take {kept / 2**20:.2f} MiB" if kept else ""
+        print(f"{name:35s} {middle:7.3f} s {STEPS * ENVS / middle:9,.0f} samples/s  {base / middle:5.2f}x{pairs}")
     if given.output:
-        found |= {"machine": facts(torch.device("cpu")), "threads": given.threads, "samples": STEPS * ENVS, "passes": EPOCHS}
+        found |= {
+            "machine": facts(torch.device("cpu")),
+            "threads": given.threads,
+            "samples": STEPS * ENVS,
+            "passes": EPOCHS,
+        }
         with atomic_write(given.output) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -115,3 +115,14 @@ def test_evaluation_walks_without_the_steps_noise():
     observations = torch.randn(5, 3, generator=generator())
     quiet, noisy = (make("dppo", sigma=sigma) for sigma in (0.01, 1.0))
     assert torch.equal(quiet.act(observations, generator(1)), noisy.act(observations, generator(1)))
+
+
+def test_a_chain_that_does_not_fit_is_named():
+    agent = make("dppo", num_steps=4)
+    batch = rollout(agent)
+    with pytest.raises(ValueError, match="rollout must have chain, from explore; it is missing"):
+        agent.update({name: value for name, value in batch.items() if name != "chain"})
+    with pytest.raises(ValueError, match=r"DppoAgent: chain must be \[\d+, \d+, 5, 2\]"):
+        agent.update({**batch, "chain": batch["chain"][:, :, :3]})
+    with pytest.raises(TypeError, match=r"DppoAgent: chain must be torch\.float32"):
+        agent.update({**batch, "chain": batch["chain"].double()})

@@ -901,3 +901,31 @@ def test_arguments_that_cannot_be(name):
         kind(config(), 3, 2, [-1.0], [1.0, 1.0])
     with pytest.raises(ValueError, match="action_low must be below action_high"):
         kind(config(), 3, 1, [1.0], [1.0])
+
+
+@every_agent
+def test_one_minibatch_per_update_sees_its_divergence(name):
+    """It is measured behind the passes, where the policy has moved, not by the ratios of the last minibatch."""
+    agent = make(name, num_epochs=1, num_minibatches=1, adaptive_kl=1e-12, lr=1e-2)
+    rates = [float(agent.update(rollout(agent, seed=i))["actor/lr"]) for i in range(3)]
+    assert rates[2] < rates[0]
+
+
+@every_agent
+def test_bounds_hold_to_the_last_bit(name):
+    low, high = torch.rand(2, 50, 3, generator=generator())
+    low, high = -5 * low, 5 * high
+    for a, b in zip(low.tolist(), high.tolist()):
+        agent = make(name)
+        other = type(agent)(agent.config, 3, 3, a, b, 2)
+        for action in (torch.full((1, 3), -9.0), torch.full((1, 3), 9.0)):
+            found = other.to_env(action)
+            assert bool((found >= torch.tensor(a)).all()) and bool((found <= torch.tensor(b)).all())
+
+
+def test_end_points_need_times_before_the_end():
+    with pytest.raises(ValueError, match="prediction 'endpoint' needs time_sampling 'grid' or 'skewed', got 'uniform'"):
+        FpoConfig(prediction="endpoint")
+    agent = make(prediction="endpoint", time_sampling="grid")
+    for i in range(3):
+        assert all(bool(value.isfinite()) for value in agent.update(rollout(agent, seed=i)).values())

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shlex
 import signal
+import warnings
 
 import gymnasium
 import numpy as np
@@ -95,7 +96,8 @@ def tensors(run: Run) -> dict[str, torch.Tensor]:
 
 
 def rows_of(run: Run) -> list[dict[str, float]]:
-    return [{name: value for name, value in row.items() if name.startswith("training/")} for row in run.train.rows()]
+    """All but the clock's."""
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in run.train.rows()]
 
 
 def assert_same(a, b):
@@ -243,6 +245,32 @@ def test_an_environment_that_cannot_be_saved_begins_anew(settings):
     result = train(dataclasses.replace(made, steps=64, resume=made.run_dir), "fpo", out=lines.append)
     assert result.step == 64
     assert any("the environments were not saved; their episodes under way begin anew" in line for line in lines)
+
+
+def test_an_environment_that_raises_in_an_evaluation_is_named_and_the_state_saved(settings):
+    env = flawed("raise", at=37)
+    made = settings(env=env, steps=64, eval_interval=32)
+    with pytest.raises(
+        UserError, match=rf"{env}: the environment raised in evaluation episode \d+ at step \d+"
+    ) as error:
+        train(made, "fpo", out=quiet)
+    done = Run.open(made.run_dir).checkpoint_steps()
+    assert bool(done) == ("fastflow train fpo --resume" in str(error.value))
+
+
+def test_an_evaluation_survives_rewards_that_are_not_finite(settings):
+    made = settings(env=flawed("nan", at=11), steps=16, eval_interval=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = train(made, "fpo", out=quiet).run.eval.rows()
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert sum(row.get("evaluation/invalid", 0) for row in rows) > 0
+
+
+def test_intervals_are_rounded_when_all_flags_are_known():
+    flags = ["--env", "Pendulum-v1", "--preset", "playground", "--num-envs", "16", "--rollout-steps", "64"]
+    made = parse("fpo", flags).whole()
+    assert (made.stride, made.log_interval, made.eval_interval) == (1024, 9 * 1024, 48 * 1024)
 
 
 def test_resuming_with_other_settings(settings):

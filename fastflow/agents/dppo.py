@@ -70,7 +70,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {"prediction": ("velocity", "endpoint"
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for two CPU cores: 16 environments of 128 steps.
-    "cpu": {"normalize_rewards": True},
+    "cpu": {"output_scale": 0.25},
     # FPO's baseline on MuJoCo Playground.
     "playground": {
         "actor_hidden": (32, 32, 32, 32),

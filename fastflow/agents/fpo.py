@@ -134,7 +134,7 @@ _FPO_PLUS: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for two CPU cores: 16 environments of 128 steps.
-    "cpu": {"normalize_rewards": True, "difference_clamp": 3.0},
+    "cpu": {"output_scale": 0.25, "difference_clamp": 3.0},
     # The GridWorld of the paper: one environment, 2,048 steps, N = 50.
     "gridworld": {
         "actor_hidden": (64, 64),

@@ -44,7 +44,7 @@ class PpoConfig(OnPolicyConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for two CPU cores: 16 environments of 128 steps.
-    "cpu": {"normalize_rewards": True},
+    "cpu": {},
     # The GridWorld baseline of the FPO paper: a fixed variance of 0.5.
     "gridworld": {
         "variance": "fixed",

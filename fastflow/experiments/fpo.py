@@ -98,7 +98,7 @@ def _comparison(task: str) -> Experiment:
         arms=tuple(arms),
         sizes={
             "small": Size(
-                {"env": env, "steps": steps, "eval_interval": steps // 8, "log_interval": steps // 40},
+                {"env": env, "steps": steps, "eval_interval": steps // 4, "log_interval": steps // 40},
                 (0, 1, 2, 3, 4),
                 "2 CPU cores, 15 minutes",
             )
@@ -189,9 +189,9 @@ def _dmc() -> Experiment:
         ),
         sizes={
             "small": Size(
-                {"preset": "dmc", "steps": 100_000, "eval_interval": 100_000, "log_interval": 5_000},
+                {"preset": "dmc", "steps": 50_000, "eval_interval": 50_000, "log_interval": 5_000, "eval_episodes": 5},
                 (0, 1, 2),
-                "2 CPU cores, one hour, 100,000 steps a task",
+                "2 CPU cores, one hour, 50,000 steps a task",
             ),
             "paper": Size(
                 {"preset": "playground", "steps": 60_000_000, "eval_interval": 6_000_000, "num_envs": 2048},
