@@ -1,10 +1,10 @@
-"""python -m benchmarks.fpo_update: FPO's samples per second beside the same algorithm in plain PyTorch, on this machine.
+"""python -m benchmarks.fpo_update: FPO's samples per second beside the same algorithm in plain PyTorch.
 
 One round samples actions for a rollout (a walk of K steps for all environments at each of T steps) and updates on it
 (old losses, then passes in minibatches over policy and value network, Adam). Environments are left out: they cost both
-alike. The plain version is what a user would write: nn.Sequential networks, a Python loop over Euler steps, pairs expanded
-to rows, autograd. Both begin at the same weights; the losses of all pairs and the gradients of a minibatch are compared
-before a clock runs. Rounds alternate, so that drift of the machine hits both.
+alike. The plain version is what a user would write: nn.Sequential networks, a Python loop over Euler steps, pairs
+expanded to rows, autograd. Both begin at the same weights; the losses of all pairs and the gradients of a minibatch are
+compared before a clock runs. Rounds alternate, so that drift of the machine hits both.
 """
 
 from __future__ import annotations

@@ -132,9 +132,23 @@ _FPO_PLUS: dict[str, Any] = {
     "adam_eps": 1e-8,
 }
 
+_CPU: dict[str, Any] = {"output_scale": 0.25, "difference_clamp": 3.0}
+_PAIRS: dict[str, Any] = {"ratio": "pair", "negative": "aspo", "clip": 0.2}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for two CPU cores: 16 environments of 128 steps.
-    "cpu": {"output_scale": 0.25, "difference_clamp": 3.0},
+    "cpu": _CPU,
+    "pendulum": {**_CPU, "lr": 1e-3, "clip": 0.05, "gamma": 0.95, "rollout_steps": 64},
+    "pendulum/fpo++": {**_CPU, **_PAIRS, "lr": 3e-4, "gamma": 0.95, "rollout_steps": 64},
+    "reacher": {**_CPU, "lr": 1e-3, "clip": 0.05},
+    "reacher/fpo++": {**_CPU, **_PAIRS, "lr": 1e-3},
+    "hopper": {**_CPU, "output_scale": 1.0, "lr": 1e-3, "clip": 0.05},
+    "hopper/fpo++": {**_CPU, **_PAIRS, "output_scale": 1.0, "lr": 1e-3},
+    "halfcheetah": {**_CPU, "output_scale": 1.0, "lr": 1e-3, "clip": 0.05},
+    "halfcheetah/fpo++": {**_CPU, **_PAIRS, "output_scale": 1.0, "lr": 1e-3},
+    "walker2d": {**_CPU, "output_scale": 1.0, "lr": 1e-3, "clip": 0.05},
+    "walker2d/fpo++": {**_CPU, **_PAIRS, "output_scale": 1.0, "lr": 1e-3},
+    "dmc": {**_CPU, "lr": 1e-3, "clip": 0.05, "gamma": 0.995, "squash": "tanh", "normalize_rewards": True},
     # The GridWorld of the paper: one environment, 2,048 steps, N = 50.
     "gridworld": {
         "actor_hidden": (64, 64),
@@ -222,7 +236,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings by name, as what differs from `FpoConfig()`: the papers', and small ones for a CPU."""
 
+# Names of environments begin so.
+_ENVIRONMENTS = {
+    "Pendulum-": "pendulum",
+    "Reacher-": "reacher",
+    "Hopper-": "hopper/fpo++",
+    "HalfCheetah-": "halfcheetah/fpo++",
+    "Walker2d-": "walker2d/fpo++",
+    "dmc-": "dmc",
+}
+
 LOOP_PRESETS: dict[str, dict[str, Any]] = {
+    "pendulum": {"steps": 200_000},
+    "pendulum/fpo++": {"steps": 200_000},
+    "reacher": {"steps": 200_000},
+    "reacher/fpo++": {"steps": 200_000},
+    "hopper": {"steps": 400_000},
+    "hopper/fpo++": {"steps": 400_000},
+    "halfcheetah": {"steps": 400_000},
+    "halfcheetah/fpo++": {"steps": 400_000},
+    "walker2d": {"steps": 400_000},
+    "walker2d/fpo++": {"steps": 400_000},
     "gridworld": {"num_envs": 1, "steps": 2_000_000},
     "playground": {"num_envs": 2048, "steps": 60_000_000},
     "fpo++/locomotion": {"num_envs": 4096, "steps": 196_608_000},
@@ -233,8 +267,8 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_for(env_name: str) -> str | None:
-    """Name of the preset for an environment; None if none fits."""
-    return None
+    """Name of the preset for an environment: a small one that suits a CPU. None if there is none."""
+    return next((preset for begin, preset in _ENVIRONMENTS.items() if env_name.startswith(begin)), None)
 
 
 # The agent ----------------------------------------------------------------------------------------------------------

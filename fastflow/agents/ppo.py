@@ -45,6 +45,12 @@ class PpoConfig(OnPolicyConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for two CPU cores: 16 environments of 128 steps.
     "cpu": {},
+    "pendulum": {"lr": 3e-4, "clip": 0.1, "gamma": 0.95, "rollout_steps": 64},
+    "reacher": {"lr": 1e-3},
+    "hopper": {},
+    "halfcheetah": {},
+    "walker2d": {},
+    "dmc": {"gamma": 0.995, "squash": "tanh", "normalize_rewards": True},
     # The GridWorld baseline of the FPO paper: a fixed variance of 0.5.
     "gridworld": {
         "variance": "fixed",
@@ -79,15 +85,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adam_eps": 1e-8,
     },
 }
+# Names of environments begin so.
+_ENVIRONMENTS = {
+    "Pendulum-": "pendulum",
+    "Reacher-": "reacher",
+    "Hopper-": "hopper",
+    "HalfCheetah-": "halfcheetah",
+    "Walker2d-": "walker2d",
+    "dmc-": "dmc",
+}
+
 LOOP_PRESETS: dict[str, dict[str, Any]] = {
+    "pendulum": {"steps": 200_000},
+    "reacher": {"steps": 200_000},
+    "hopper": {"steps": 400_000},
+    "halfcheetah": {"steps": 400_000},
+    "walker2d": {"steps": 400_000},
     "gridworld": {"num_envs": 1, "steps": 2_000_000},
     "playground": {"num_envs": 2048, "steps": 60_000_000},
 }
 
 
 def preset_for(env_name: str) -> str | None:
-    """Name of the preset for an environment; None if none fits."""
-    return None
+    """Name of the preset for an environment: a small one that suits a CPU. None if there is none."""
+    return next((preset for begin, preset in _ENVIRONMENTS.items() if env_name.startswith(begin)), None)
 
 
 class GaussianPolicy(nn.Module):
