@@ -104,6 +104,8 @@ class OnPolicyConfig:
     """Largest absolute normalised observation."""
     squash: Literal["tanh", "clip"] = "clip"
     """How actions are brought into the environment's bounds. The policy learns on them as they were before."""
+    action_scale: float = 1.0
+    """Actions are multiplied by this before they are squashed: below 1 a policy begins with less noise."""
     actor_ema: float = 0.0
     """Decay per update of the moving average of the policy that evaluations take; 0 takes the policy itself."""
     actor_ema_start: int = 0
@@ -165,6 +167,7 @@ _RANGES = {
     "adaptive_kl": _NOT_NEGATIVE,
     "reward_scale": _POSITIVE,
     "observation_clip": _POSITIVE,
+    "action_scale": _POSITIVE,
     "actor_ema": (lambda x: 0 <= x < 1, "in [0, 1)"),
 }
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -364,7 +367,9 @@ class OnPolicyAgent(abc.ABC):
         return self._draw(self._normalize(observations), generator)
 
     def to_env(self, actions: Tensor) -> Tensor:
-        """Actions [..., A] within the environment's bounds: by tanh, or cut off at -1 and 1; then scaled to them."""
+        """Actions [..., A] within the environment's bounds: times action_scale, then by tanh or cut off at -1 and 1, then
+        scaled to the bounds."""
+        actions = actions * self.config.action_scale
         inside = actions.tanh() if self.config.squash == "tanh" else actions.clamp(-1, 1)
         # Rounding may lead out of the bounds again.
         return (self._middle + self._half * inside).clamp(self._low, self._high)
