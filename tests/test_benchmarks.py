@@ -787,3 +787,25 @@ def test_td2_update_is_the_agents():
     direct, bootstrap = learner.plain_losses(batch, noise.source, noise.time)
     torch.testing.assert_close(metrics["direct_loss"], direct.detach())
     torch.testing.assert_close(metrics["bootstrap_loss"], bootstrap.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_fpo_beside_plain_pytorch(monkeypatch, tmp_path, capsys):
+    from benchmarks import fpo_update
+
+    monkeypatch.setattr(fpo_update, "STEPS", 6)
+    monkeypatch.setattr(fpo_update, "ENVS", 4)
+    threads = torch.get_num_threads()
+    try:
+        assert fpo_update.main(["--rounds", "1", "--output", str(tmp_path / "fpo.json")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "fpo.json").read_text())
+    # The same losses and gradients as plain PyTorch, before anything is timed.
+    assert max(found["differences"].values()) < 1e-4
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in found["seconds"].values())
+    kept = found["bytes kept for an update"]
+    pairs = 6 * 4 * 8
+    # Stored: times, noise, old losses. Regenerated: an id per row, old losses.
+    assert kept["fastflow fp32"] == 4 * pairs * (1 + fpo_update.ACTION + 1)
+    assert kept["fastflow fp32, noise regenerated"] == 4 * pairs + 8 * 6 * 4
+    assert "plain PyTorch fp32" in capsys.readouterr().out

@@ -133,6 +133,15 @@ _FPO_PLUS: dict[str, Any] = {
 }
 
 _CPU: dict[str, Any] = {"output_scale": 0.25, "difference_clamp": 3.0}
+_GRID: dict[str, Any] = {
+    "activation": "relu",
+    "time_embed_dim": 0,
+    "difference_clamp": 3.0,
+    "straight_through": False,
+    "clip": 0.2,
+    "value_coef": 1.0,
+    "normalize_observations": False,
+}
 _PAIRS: dict[str, Any] = {"ratio": "pair", "negative": "aspo", "clip": 0.2}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -149,6 +158,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "walker2d": {**_CPU, "output_scale": 1.0, "lr": 1e-3, "clip": 0.05},
     "walker2d/fpo++": {**_CPU, **_PAIRS, "output_scale": 1.0, "lr": 1e-3},
     "dmc": {**_CPU, "lr": 1e-3, "clip": 0.05, "gamma": 0.995, "squash": "tanh", "normalize_rewards": True},
+    # All maps in seconds; and what keeps both ways open at the saddle of the first (docs/fpo.md).
+    "gridworld/cpu": {**_GRID, "lr": 1e-3, "rollout_steps": 64},
+    "gridworld/modes": {
+        **_GRID,
+        "ratio": "pair",
+        "output_scale": 0.25,
+        "lr": 3e-3,
+        "lr_decay_updates": 91,
+        "gamma": 0.8,
+        "gae_lambda": 1.0,
+        "rollout_steps": 16,
+        "num_epochs": 4,
+    },
     # The GridWorld of the paper: one environment, 2,048 steps, N = 50.
     "gridworld": {
         "actor_hidden": (64, 64),
@@ -244,6 +266,7 @@ _ENVIRONMENTS = {
     "HalfCheetah-": "halfcheetah/fpo++",
     "Walker2d-": "walker2d/fpo++",
     "dmc-": "dmc",
+    "gridworld-": "gridworld/cpu",
 }
 
 LOOP_PRESETS: dict[str, dict[str, Any]] = {
@@ -257,6 +280,8 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
     "halfcheetah/fpo++": {"steps": 400_000},
     "walker2d": {"steps": 400_000},
     "walker2d/fpo++": {"steps": 400_000},
+    "gridworld/cpu": {"num_envs": 32, "steps": 100_000, "eval_interval": 20_000},
+    "gridworld/modes": {"num_envs": 512, "steps": 750_000, "save_interval": 125_000},
     "gridworld": {"num_envs": 1, "steps": 2_000_000},
     "playground": {"num_envs": 2048, "steps": 60_000_000},
     "fpo++/locomotion": {"num_envs": 4096, "steps": 196_608_000},

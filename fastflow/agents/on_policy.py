@@ -367,7 +367,7 @@ class OnPolicyAgent(abc.ABC):
         return self._draw(self._normalize(observations), generator)
 
     def to_env(self, actions: Tensor) -> Tensor:
-        """Actions [..., A] within the environment's bounds: times action_scale, then by tanh or cut off at -1 and 1, then
+        """Actions [..., A] within the environment's bounds: times action_scale, by tanh or cut off at -1 and 1, then
         scaled to the bounds."""
         actions = actions * self.config.action_scale
         inside = actions.tanh() if self.config.squash == "tanh" else actions.clamp(-1, 1)
