@@ -276,6 +276,7 @@ struct Block {
   float *d_base, *d_head, *d_features, *d_time;
   std::vector<bool> reached;
   std::vector<long> slot;
+  amx::Session session;
 
   explicit Block(const Net& n) : net(n) {}
 
@@ -284,7 +285,7 @@ struct Block {
 
   // `given_y`: the products' results lie outside, see `place`.
   void lay(Arena& a, long block_rows, bool with_shared_times, bool kept, bool given_y = false) {
-    const long n = round_up(block_rows, 2), L = net.L, first = net.layers[0].pad;
+    const long n = round_up(block_rows, BF && TILES ? 2 * TILE : 2), L = net.L, first = net.layers[0].pad;
     shared = with_shared_times, keep = kept;
     features = a.take(n * round_up(net.F, COLS));
     state = a.take<uint32_t>(n * ld(net.F));
@@ -354,10 +355,13 @@ struct Block {
   void units_of_row(uint32_t* to, const float* from, long width) const {
     long k = 0;
     for (; k + LANES <= width; k += LANES) operand<BF>(to, load(from + k), int(k / LANES));
-    if (k == width) return;
-    float t[LANES] = {};
-    memcpy(t, from + k, size_t(width - k) * 4);
-    operand<BF>(to, load(t), int(k / LANES));
+    if (k < width) {
+      float t[LANES] = {};
+      memcpy(t, from + k, size_t(width - k) * 4);
+      operand<BF>(to, load(t), int(k / LANES));
+      k += LANES;
+    }
+    if (BF && k % COLS) operand<BF>(to, Vec{}, int(k / LANES));  // tiles read pairs of vectors
   }
 
   // cond's share of the first layer, once for all evaluations; row r of this block reads row (first + r) / samples.
@@ -604,6 +608,9 @@ struct Block {
         }
       }
     }
+    // Tiles read pairs of vectors.
+    for (long r = 0; BF && wide < pad && r < rows; r++)
+      operand<BF>(op[size_t(i)] + r * ld_out(i), Vec{}, int(wide / LANES));
   }
 
   // Backward ---------------------------------------------------------------------------------------------------------
@@ -754,11 +761,19 @@ struct Block {
       for (long k = 0; k < wide; k += LANES)
         pairs(to + r / 2 * wide + k, load(from + r * ld_from + k),
               r + 1 < rows ? load(from + (r + 1) * ld_from + k) : Vec{});
+    const long full = units<BF>(rows), padded = panel_units<BF>(rows);
+    memset(to + full * wide, 0, size_t((padded - full) * wide) * 4);
     return to;
   }
-  // The same of an operand's rows; pairs have a row stride of the width padded to COLS.
+  // The same of an operand's rows; pairs have a row stride of the width padded to COLS. Transposed for tiles.
   const uint32_t* pairs_of_units(const uint32_t* from, long ld_from, long width) const {
     if (!BF) return from;
+#if TILES
+    if (amx::allowed) {
+      amx::transposed(pair_a, panel_units<BF>(rows), from, ld_from, rows, width);
+      return pair_a;
+    }
+#endif
     const long pad = round_up(width, COLS);
 #if defined(__AVX512BF16__)
     for (long r = 0; r < rows; r += 2)
