@@ -86,10 +86,14 @@ struct Begin {
   long ld = 0;
 };
 
+// Units of `b` that are asked for before they are needed: a panel is larger than what the first-level cache has left.
+constexpr long AHEAD = 24;
+
 template <bool BF, int M>
 INLINE void tile(long ku, const uint32_t* a, long along_rows, long along_sum, const uint32_t* b, long ldb,
                  Vec (&c)[M][2]) {
   for (long u = 0; u < ku; u++, a += along_sum, b += ldb) {
+    for (long j = 0; j < COLS; j += 16) __builtin_prefetch(b + AHEAD * ldb + j);
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
       c[i][0] = fma_unit<BF>(c[i][0], a + i * along_rows, b);
@@ -98,21 +102,24 @@ INLINE void tile(long ku, const uint32_t* a, long along_rows, long along_sum, co
   }
 }
 
+// row and rows: those of `Begin` at this tile, or null; values, because a struct that is written in parts and read whole
+// waits for all earlier stores.
 template <bool BF, int M>
-void forward_tile(long ku, const uint32_t* a, long lda, const uint32_t* w, float* c, long ldc, Begin from, long n0) {
+void forward_tile(long ku, const uint32_t* a, long lda, const uint32_t* w, float* c, long ldc, const float* row,
+                  const float* rows, long ld) {
   Vec sums[M][2];
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
     for (int j = 0; j < 2; j++) {
       Vec x = {};
-      if (from.row) x += load(from.row + n0 + j * LANES);
-      if (from.rows) x += load(from.rows + i * from.ld + n0 + j * LANES);
+      if (row) x += load(row + j * LANES);
+      if (rows) x += load(rows + i * ld + j * LANES);
       sums[i][j] = x;
     }
   tile<BF, M>(ku, a, lda, 1, w, COLS, sums);
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < 2; j++) store(c + i * ldc + n0 + j * LANES, sums[i][j]);
+    for (int j = 0; j < 2; j++) store(c + i * ldc + j * LANES, sums[i][j]);
 }
 
 #if TILES
@@ -180,13 +187,12 @@ void product(long rows, long columns, long ku, const uint32_t* a, long lda, cons
 #endif
   for (long n0 = 0; n0 < columns; n0 += COLS, packed += panel * COLS) {
     long r = 0;
+    const float* row = from.row ? from.row + n0 : nullptr;
     auto run = [&](auto tile_rows) {
       constexpr int M = decltype(tile_rows)::value;
-      for (; rows - r >= M; r += M) {
-        Begin at = from;
-        if (at.rows) at.rows += r * at.ld;
-        forward_tile<BF, M>(ku, a + r * lda, lda, packed, c + r * ldc, ldc, at, n0);
-      }
+      for (; rows - r >= M; r += M)
+        forward_tile<BF, M>(ku, a + r * lda, lda, packed, c + r * ldc + n0, ldc, row,
+                            from.rows ? from.rows + r * from.ld + n0 : nullptr, from.ld);
     };
     run(std::integral_constant<int, ROWS>());
     if (ROWS > 6) run(std::integral_constant<int, 6>());
@@ -197,6 +203,7 @@ void product(long rows, long columns, long ku, const uint32_t* a, long lda, cons
 
 template <bool BF, int M>
 void outer_tile(long ru, const uint32_t* a, long lda, const uint32_t* d, long ldd, float* w, long ldw, long wide) {
+  for (int i = 0; i < M; i++) __builtin_prefetch(w + i * ldw), __builtin_prefetch(w + i * ldw + LANES);
   Vec sums[M][2] = {};
   tile<BF, M>(ru, a, 1, lda, d, ldd, sums);
   for (int i = 0; i < M; i++, w += ldw) {
