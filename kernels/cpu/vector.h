@@ -37,6 +37,16 @@ typedef float VecAny __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAny*>(p); }
 INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAny*>(p) = x; }
+// The first n lanes, fewer than all; zeros beyond.
+INLINE Vec load_some(const float* p, long n) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+#else
+  Vec x = {};
+  memcpy(&x, p, size_t(n) * 4);
+  return x;
+#endif
+}
 INLINE Vec all(float x) { return Vec{} + x; }
 INLINE Vec pick(Int where, Vec a, Vec b) { return where ? a : b; }
 // A NaN in `a` stays: the processor's minimum returns its second operand then.
