@@ -21,7 +21,7 @@ constexpr long TILE = 16;  // rows of a tile, units of a row, columns of sums
 namespace amx {
 
 // The system saves tiles only for a process that has asked to use them; children inherit that.
-inline bool ask() {
+static bool ask() {
 #if HAS_TILES
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request, tile_data) == 0;
@@ -32,13 +32,13 @@ inline bool ask() {
 
 #if TILES
 
-inline const bool allowed = ask();
+static const bool allowed = ask();
 
 // The rows of the two row tiles that this thread's tiles are configured for; 0: not by us.
-inline thread_local long configured = 0;
+static thread_local long configured = 0;
 
 // Sums in tiles 0 to 3 ([first rows: 0 1, second rows: 2 3]), rows of `a` in 4 and 5, `b` in 6 and 7.
-inline void configure(long first, long second) {
+static void configure(long first, long second) {
   const long wanted = first * 64 + second;
   if (configured == wanted) return;
   struct alignas(64) {
@@ -71,8 +71,8 @@ struct Session {
 #define TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile ::)
 #define TILE_FMA(sum, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
 
-// c [rows, 32] = begin + a b for one or two tiles of rows, as configured: a [rows, units], b [units, 32], where `units` is
-// a multiple of 16. begin: null for 0; a step of 0 repeats its row.
+// c [rows, 32] = begin + a b for one or two tiles of rows, as configured: a [rows, units], b [units, 32], `units` a
+// multiple of 16. begin: null for 0; a step of 0 repeats its row.
 template <int N>
 INLINE void multiply(long units, const uint32_t* a, long lda, const uint32_t* b, long ldb, const float* begin,
                      long ld_begin, float* c, long ldc) {
@@ -133,9 +133,9 @@ INLINE void transpose(uint32_t* to, long ld, __m512i (&x)[16]) {
   }
 }
 
-// Rows of bfloat16 as the transposed operand [width, units(rows)] of a sum over rows, zeros up to a multiple of 16 units,
-// for a width that is padded to 16.
-inline void transposed(uint32_t* to, long ld, const uint32_t* from, long ld_from, long rows, long width) {
+// Rows of bfloat16 as the transposed operand [width, units(rows)] of a sum over rows, with zeros up to a multiple of 16
+// units, for a width that is padded to 16.
+static void transposed(uint32_t* to, long ld, const uint32_t* from, long ld_from, long rows, long width) {
   for (long k = 0; k < width; k += TILE)
     for (long u = 0; u < ld; u += TILE) {
       __m512i x[16];

@@ -1,7 +1,7 @@
 // Matrix products of a block of rows: register tiles of ROWS x COLS sums over packed weights.
 //
-// A row's result has the same bits whatever rows it is computed with: its sum runs over the summed axis in order. Where the
-// machine has tiles for bfloat16 they compute all rows, for the same reason.
+// A row's result has the same bits whatever rows it is computed with: its sum runs over the summed axis in order. Where
+// the machine has tiles for bfloat16 they compute all rows, for the same reason.
 
 #pragma once
 
@@ -102,8 +102,8 @@ INLINE void tile(long ku, const uint32_t* a, long along_rows, long along_sum, co
   }
 }
 
-// row and rows: those of `Begin` at this tile, or null; values, because a struct that is written in parts and read whole
-// waits for all earlier stores.
+// row and rows: those of `Begin` at this tile, or null; values, because a struct that is written in parts and read
+// whole waits for all earlier stores.
 template <bool BF, int M>
 void forward_tile(long ku, const uint32_t* a, long lda, const uint32_t* w, float* c, long ldc, const float* row,
                   const float* rows, long ld) {
@@ -124,7 +124,7 @@ void forward_tile(long ku, const uint32_t* a, long lda, const uint32_t* w, float
 
 #if TILES
 // As `product`.
-inline void tiled_product(long rows, long columns, long panel, const uint32_t* a, long lda, const uint32_t* packed,
+static void tiled_product(long rows, long columns, long panel, const uint32_t* a, long lda, const uint32_t* packed,
                           float* c, long ldc, Begin from) {
   auto run = [&](auto tiles, long first, long last) {
     constexpr int N = decltype(tiles)::value;
@@ -158,7 +158,7 @@ inline void tiled_product(long rows, long columns, long panel, const uint32_t* a
 }
 
 // w [inputs, columns] += a d, summed over `units` of rows, a multiple of 16: a [inputs, units], d [units, columns].
-inline void tiled_outer(long units, long inputs, long columns, const uint32_t* a, const uint32_t* d, long ldd, float* w,
+static void tiled_outer(long units, long inputs, long columns, const uint32_t* a, const uint32_t* d, long ldd, float* w,
                         long ldw) {
   amx::configure(TILE, TILE);
   for (long n0 = 0; n0 < columns; n0 += COLS)
@@ -218,8 +218,8 @@ void outer_tile(long ru, const uint32_t* a, long lda, const uint32_t* d, long ld
   }
 }
 
-// w [inputs, columns] += a^T d, summed over `ru` units of rows; a [ru, inputs] and d [ru, columns] hold units. For tiles
-// a is transposed already, [inputs, ru padded to 16], and d has as many units of zeros.
+// w [inputs, columns] += a^T d, summed over `ru` units of rows; a [ru, inputs] and d [ru, columns] hold units. For
+// tiles a is transposed already, [inputs, ru padded to 16], and zeros pad d's units likewise.
 template <bool BF>
 void outer(long ru, long inputs, long columns, const uint32_t* a, long lda, const uint32_t* d, long ldd, float* w,
            long ldw) {

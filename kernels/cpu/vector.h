@@ -235,8 +235,7 @@ INLINE void operand(uint32_t* to, Vec x, int i) {  // lanes i * LANES ... of a r
 #if defined(__AVX512BF16__)
 // 0 16 1 17 2 18 ... of 32 numbers of 16 bits.
 INLINE __m512i interleaved(__m512i x) {
-  __m512i lane = _mm512_cvtepu16_epi32(
-      _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   lane = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
   return _mm512_permutexvar_epi16(lane, x);
 }
