@@ -27,7 +27,7 @@ from networks import (
 from passes import compare_loss, compare_walk, drawn, loss_and_gradients, loss_options, walk_and_gradients, walk_options
 
 import fastflow as ff
-from fastflow import operators
+from fastflow import dense, operators
 from fastflow.kernels import cpu
 
 WALKS, LOSSES = pairwise(WALK_FACTORS), pairwise(LOSS_FACTORS)
@@ -247,6 +247,169 @@ def test_strided_inputs_parameters_and_the_field_read_anew():
     for p in twin.parameters():
         p.data = p.data.mT.contiguous().mT if p.dim() == 2 else p.data
     assert torch.equal(walk(twin, *dense), first)
+
+
+# Tiles --------------------------------------------------------------------------------------------------------------
+
+needs_tiles = pytest.mark.skipif(not cpu.has_tiles(), reason="no AMX: compiler, processor or system lacks it")
+TILE_ROWS = (1, 2, 3, 15, 16, 17, 31, 33, 127, 129)
+ODD_WIDTHS = (1, 3, 17, 33, 100)
+
+# Networks whose widths and rows fill no tile: results and all gradients, by name, in bfloat16.
+ODD_NETWORKS = """
+import torch
+import fastflow as ff
+from fastflow import dense
+
+
+def outcomes(rows_of=(1, 2, 3, 15, 16, 17, 31, 33, 127, 129), widths=(1, 3, 17, 33, 100)):
+    found = {}
+    for i, width in enumerate(widths):
+        torch.manual_seed(i)
+        sizes = (width, 100 - width % 50, width, widths[-1 - i])
+        shapes = list(zip(sizes[:-1], sizes[1:]))
+        stack = [t for n, m in shapes for t in (torch.randn(n, m) * n**-0.5, 0.1 * torch.randn(m))]
+        for norm in (None, "layer") if width > 1 else (None,):
+            more = [t for m in sizes[1:-1] for t in (1 + 0.1 * torch.randn(m), 0.1 * torch.randn(m))] if norm else []
+            leaves = [t.requires_grad_() for t in (*stack, *more)]
+            for rows in rows_of:
+                x = torch.randn(rows, width, requires_grad=True)
+                y = dense.dense_stack(x, leaves, "silu", norm, precision="bf16")
+                grads = torch.autograd.grad((y * torch.linspace(-1, 2, y.numel()).view_as(y)).sum(), [x, *leaves])
+                found |= {f"{width} {norm} {rows} {n}": t.detach() for n, t in enumerate((y, *grads))}
+        field = ff.VelocityField(ff.FieldSpec(width, 17, (33, width), norm="layer"))
+        x_0, cond = torch.randn(33, width), torch.randn(33, 17, requires_grad=True)
+        x_1 = ff.integrate(field, x_0, cond, num_steps=2, precision="bf16")
+        grads = torch.autograd.grad(x_1.square().sum(), [cond, *field.parameters()])
+        found |= {f"walk {width} {n}": t.detach() for n, t in enumerate((x_1, *grads))}
+    return found
+"""
+
+
+def in_a_process(code, tmp_path, environment):
+    """What `code` put into `found`, in a process of its own."""
+    path = tmp_path / "found.pt"
+    report(environment | {"XDG_CACHE_HOME": str(tmp_path)}, f"{code}\ntorch.save(found, {str(path)!r})")
+    return torch.load(path)
+
+
+@pytest.fixture(scope="module")
+def with_tiles():
+    names: dict = {}
+    exec(ODD_NETWORKS, names)
+    return names["outcomes"]
+
+
+@needs_tiles
+def test_tiles_equal_vectors_but_for_the_order_of_sums(with_tiles, plain_environment, tmp_path):
+    compiler = " ".join([*cpu.find_compiler(), "-mno-amx-tile"])
+    code = ODD_NETWORKS + "from fastflow.kernels import cpu\nassert cpu.has_bf16() and not cpu.has_tiles()\n"
+    vectors = in_a_process(code + "found = outcomes()", tmp_path, plain_environment | {"CXX": compiler})
+    tiles = with_tiles()
+    assert tiles.keys() == vectors.keys()
+    for name, value in tiles.items():
+        # Both round operands to the same bfloat16, unless a sum's last bit decides.
+        assert rms(value - vectors[name]) <= 1e-3 * rms(vectors[name]) + 1e-6, name
+    assert any(not torch.equal(value, vectors[name]) for name, value in tiles.items())
+
+
+@needs_tiles
+def test_where_the_system_refuses_tiles_vectors_multiply(with_tiles, plain_environment, tmp_path):
+    """Linux refuses them to a process with a stack for signals that their state does not fit."""
+    code = (
+        ODD_NETWORKS
+        + """
+import ctypes
+from fastflow.kernels import cpu
+
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+room = ctypes.create_string_buffer(4096)
+small = Stack(ctypes.addressof(room), 0, 4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(small), None) == 0
+assert cpu.has_bf16() and not cpu.has_tiles() and "AMX" not in cpu.features()
+found = outcomes((33,), (17, 100))
+"""
+    )
+    vectors = in_a_process(code, tmp_path, plain_environment)
+    for name, value in with_tiles((33,), (17, 100)).items():
+        assert rms(value - vectors[name]) <= 1e-3 * rms(vectors[name]) + 1e-6, name
+
+
+@needs_tiles
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("width", ODD_WIDTHS)
+def test_rows_have_the_same_bits_wherever_they_stand(width, norm):
+    torch.manual_seed(0)
+    sizes = (width, 33, width, 7)
+    shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
+    parameters = [t for n, m in shapes for t in (torch.randn(n, m), torch.randn(m))]
+    if norm:
+        parameters += [t for m in sizes[1:-1] for t in (torch.randn(m), torch.randn(m))]
+    x, weights = torch.randn(200, width, requires_grad=True), torch.randn(200, 7)
+
+    def passed(some):
+        y = dense.dense_stack(x[some], parameters, "silu", norm, precision="bf16")
+        (d_x,) = torch.autograd.grad((y * weights[some]).sum(), x)
+        return y.detach(), d_x[some]
+
+    y, d_x = passed(slice(None))
+    for rows in TILE_ROWS:
+        for first in (0, 5, 64):
+            some = slice(first, first + rows)
+            found = passed(some)
+            assert torch.equal(found[0], y[some]), (rows, first)
+            assert torch.equal(found[1], d_x[some]), (rows, first)
+
+
+@needs_tiles
+def test_walks_of_some_rows_have_the_bits_of_all():
+    field = random_field(SPECS["actor"], CPU)
+    x_0, cond = torch.randn(200, 5), torch.randn(200, 6)
+    frozen = ff.FrozenWalk(field, num_steps=4, precision="bf16")
+    with torch.no_grad():
+        whole = ff.integrate(field, x_0, cond, num_steps=4, precision="bf16")
+    for rows in TILE_ROWS:
+        some = slice(3, 3 + rows)
+        assert torch.equal(frozen(x_0[some], cond[some]), whole[some]), rows
+
+
+@needs_tiles
+def test_tiles_on_any_number_of_threads(with_tiles, threads):
+    threads(1)
+    one = with_tiles((1, 1300), (33, 100))
+    threads(2)
+    two = with_tiles((1, 1300), (33, 100))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@needs_tiles
+def test_torch_s_products_and_ours_take_turns(with_tiles):
+    """Both configure the tiles of one thread."""
+    a, b = torch.randn(37, 65).bfloat16(), torch.randn(65, 50).bfloat16()
+    product, found = a @ b, with_tiles((33,))
+    for _ in range(3):
+        assert torch.equal(a @ b, product)
+        assert all(torch.equal(value, found[name]) for name, value in with_tiles((33,)).items())
+
+
+@needs_tiles
+def test_tiles_after_a_fork(plain_environment):
+    code = (
+        ODD_NETWORKS
+        + """
+import os
+torch.set_num_threads(1)
+found = outcomes((17,), (33,))
+child = os.fork()
+if child == 0:
+    again = outcomes((17,), (33,))
+    os._exit(0 if all(torch.equal(value, again[name]) for name, value in found.items()) else 3)
+print(os.waitpid(child, 0)[1])
+"""
+    )
+    assert report(plain_environment, code) == "0"
 
 
 # How it is called ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..plan import Network
 
-SOURCES = ("operators.cpp", "network.h", "product.h", "vector.h")
+SOURCES = ("operators.cpp", "network.h", "product.h", "amx.h", "vector.h")
 # In the order of the enumerations in vector.h and network.h.
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "elu", "mish", "tanh")
 NORMS = ("none", "after", "before", "film")
@@ -179,12 +179,19 @@ def has_bf16() -> bool:
     return not isinstance(found, str) and bool(found.fastflow_bf16())
 
 
+def has_tiles() -> bool:
+    """Whether products of bfloat16 operands run on AMX's tiles: the compiler, processor and system have them."""
+    found = _loaded()
+    return not isinstance(found, str) and bool(found.fastflow_tiles())
+
+
 def features() -> str:
     """What of the machine native code uses, for people; why there is none, where there is none."""
     found = _loaded()
     if isinstance(found, str):
         return f"none, the PyTorch reference runs: {found}"
     products = "bfloat16 products" if found.fastflow_bf16() else "products of bfloat16 operands in float32"
+    products += " by AMX" if has_tiles() else ""
     threads = "threads by OpenMP" if found.fastflow_threads() else "one thread"
     return f"vectors of {32 * found.fastflow_lanes()} bits, {products}, {threads}"
 

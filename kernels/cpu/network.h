@@ -273,18 +273,26 @@ struct Block {
   uint32_t *state, *time, *cond, *row_units, *pair_a, *pair_d;
   std::vector<float*> y, out, stats, film, d;
   std::vector<uint32_t*> op;
+  std::vector<float*> slope;  // where a layer's derivatives lie for the way back, or null: computed again
   float *d_base, *d_head, *d_features, *d_time;
   std::vector<bool> reached;
   std::vector<long> slot;
+  amx::Session session;
 
   explicit Block(const Net& n) : net(n) {}
 
   long ld(long width) const { return BF ? round_up(width, 2 * LANES) / 2 : round_up(width, LANES); }
   long ld_out(long i) const { return BF ? net.layers[i].pad / 2 : net.layers[i].pad; }
+  // Whether a layer's result is read as floats: where that is the operand, by the head, or by a layer that adds it.
+  bool read_as_floats(long i) const {
+    bool read = !BF || i == net.L - 1;
+    for (const Layer& layer : net.layers) read |= layer.add == i;
+    return read;
+  }
 
   // `given_y`: the products' results lie outside, see `place`.
   void lay(Arena& a, long block_rows, bool with_shared_times, bool kept, bool given_y = false) {
-    const long n = round_up(block_rows, 2), L = net.L, first = net.layers[0].pad;
+    const long n = round_up(block_rows, BF && TILES ? 2 * TILE : 2), L = net.L, first = net.layers[0].pad;
     shared = with_shared_times, keep = kept;
     features = a.take(n * round_up(net.F, COLS));
     state = a.take<uint32_t>(n * ld(net.F));
@@ -294,7 +302,7 @@ struct Block {
     head = a.take(n * net.pad_out);
     scratch = a.take((keep ? 2 * GROUP + 3 : 2) * net.widest() + 4 * LANES);
     for (auto* list : {&y, &out, &stats, &film, &d}) list->assign(size_t(L), nullptr);
-    op.assign(size_t(L), nullptr);
+    op.assign(size_t(L), nullptr), slope.assign(size_t(L), nullptr);
     if (!keep) {
       // A layer's output needs room until its last reader is done.
       std::vector<long> last(size_t(L), L - 1);
@@ -335,6 +343,8 @@ struct Block {
       stats[size_t(i)] = net.norm == NONE ? nullptr : a.take(n * 2);
       film[size_t(i)] = net.film() ? a.take(n * 2 * pad) : nullptr;
       op[size_t(i)] = BF ? a.take<uint32_t>(n * pad / 2) : reinterpret_cast<uint32_t*>(out[size_t(i)]);
+      // In place of what no one reads any more.
+      if (net.norm == NONE) slope[size_t(i)] = !read_as_floats(i) ? out[size_t(i)] : given_y ? nullptr : y[size_t(i)];
     }
     const long most = net.widest();
     row_units = a.take<uint32_t>(n * most);
@@ -354,10 +364,11 @@ struct Block {
   void units_of_row(uint32_t* to, const float* from, long width) const {
     long k = 0;
     for (; k + LANES <= width; k += LANES) operand<BF>(to, load(from + k), int(k / LANES));
-    if (k == width) return;
-    float t[LANES] = {};
-    memcpy(t, from + k, size_t(width - k) * 4);
-    operand<BF>(to, load(t), int(k / LANES));
+    if (k < width) {
+      operand<BF>(to, load_some(from + k, width - k), int(k / LANES));
+      k += LANES;
+    }
+    if (BF && k % COLS) operand<BF>(to, Vec{}, int(k / LANES));  // tiles read pairs of vectors
   }
 
   // cond's share of the first layer, once for all evaluations; row r of this block reads row (first + r) / samples.
@@ -391,6 +402,7 @@ struct Block {
   void set_state(const float* x) {
     const Edges e = edges();
     const long pad = round_up(net.F, COLS);
+    if (net.embedding == IDENTITY) return units_of_rows(state, ld(net.F), x, net.D, net.F);
     for (long r = 0; r < rows; r++) {
       float* f = features + r * pad;
       if (net.embedding == HL_GAUSS) {
@@ -399,8 +411,7 @@ struct Block {
         for (long k = 0; k < net.F; k += LANES) store(f + k, (load(scratch + k + 1) - load(scratch + k)) * whole);
       } else {
         const float range = net.high - net.low;
-        for (long k = 0; k < net.D; k++)
-          f[k] = net.embedding == SCALED ? (x[r * net.D + k] - net.low) / range : x[r * net.D + k];
+        for (long k = 0; k < net.D; k++) f[k] = (x[r * net.D + k] - net.low) / range;
       }
       units_of_row(state + r * ld(net.F), f, net.F);
     }
@@ -548,6 +559,8 @@ struct Block {
     const Layer& layer = net.layers[i];
     const Packed::Hidden& own = w->layers[size_t(i)];
     const long width = layer.width, wide = round_up(width, LANES), pad = layer.pad;
+    const bool floats = read_as_floats(i);
+    float* slopes = slope[size_t(i)];
     Vec unused;
     for (long r0 = 0; r0 < rows; r0 += GROUP) {
       const long n = std::min<long>(GROUP, rows - r0);
@@ -558,20 +571,29 @@ struct Block {
         float* to;
         uint32_t* unit;
         const float* also;
+        bool floats;
         INLINE_MEMBER void put(long k, Vec v) const {
           if (also) v += load(also + k);
-          store(to + k, v);
+          if (!BF || floats) store(to + k, v);
           if (BF) operand<BF>(unit, v, int(k / LANES));
         }
       };
       auto row = [&](long r) {
         const float* also = layer.add >= 0 ? out[size_t(layer.add)] + (r0 + r) * net.layers[layer.add].pad : nullptr;
-        return Row{to + r * pad, op[size_t(i)] + (r0 + r) * ld_out(i), also};
+        return Row{to + r * pad, op[size_t(i)] + (r0 + r) * ld_out(i), also, floats};
       };
       if (net.norm == NONE) {
         for (long r = 0; r < n; r++) {
           const Row at = row(r);
-          for (long k = 0; k < wide; k += LANES) at.put(k, activate<A, false, BF>(load(x + r * pad + k), unused));
+          if (slopes) {
+            float* to_slope = slopes + (r0 + r) * pad;
+            for (long k = 0; k < wide; k += LANES) {
+              Vec s, v = activate<A, true, BF>(load(x + r * pad + k), s);
+              at.put(k, v), store(to_slope + k, s);
+            }
+          } else {
+            for (long k = 0; k < wide; k += LANES) at.put(k, activate<A, false, BF>(load(x + r * pad + k), unused));
+          }
         }
         continue;
       }
@@ -604,6 +626,9 @@ struct Block {
         }
       }
     }
+    // Tiles read pairs of vectors.
+    for (long r = 0; BF && wide < pad && r < rows; r++)
+      operand<BF>(op[size_t(i)] + r * ld_out(i), Vec{}, int(wide / LANES));
   }
 
   // Backward ---------------------------------------------------------------------------------------------------------
@@ -643,8 +668,16 @@ struct Block {
           time_reached = true;
         }
       }
-      const uint32_t* dy_pairs = with_weights ? pairs_of(pair_d, dy, layer.pad, layer.pad) : nullptr;
-      units_of_rows(row_units, ld(layer.width), dy, layer.pad, layer.width);
+      const uint32_t* dy_pairs = nullptr;
+      if (BF && net.norm == NONE) {
+        if (with_weights) dy_pairs = pair_d, pad_pairs(pair_d, layer.pad);
+        const long wide = round_up(layer.width, LANES);
+        for (long r = 0; wide < layer.pad && r < rows; r++)
+          operand<BF>(row_units + r * ld(layer.width), Vec{}, int(wide / LANES));
+      } else {
+        if (with_weights) dy_pairs = pairs_of(pair_d, dy, layer.pad, layer.pad);
+        units_of_rows(row_units, ld(layer.width), dy, layer.pad, layer.width);
+      }
       const long ku = units<BF>(layer.width);
       if (i > 0) {
         float* to = with_weights ? grads->w[size_t(i)] : nullptr;
@@ -754,11 +787,22 @@ struct Block {
       for (long k = 0; k < wide; k += LANES)
         pairs(to + r / 2 * wide + k, load(from + r * ld_from + k),
               r + 1 < rows ? load(from + (r + 1) * ld_from + k) : Vec{});
+    pad_pairs(to, wide);
     return to;
   }
-  // The same of an operand's rows; pairs have a row stride of the width padded to COLS.
+  void pad_pairs(uint32_t* to, long wide) const {
+    const long full = units<BF>(rows), padded = panel_units<BF>(rows);
+    memset(to + full * wide, 0, size_t((padded - full) * wide) * 4);
+  }
+  // The same of an operand's rows; pairs have a row stride of the width padded to COLS. Transposed for tiles.
   const uint32_t* pairs_of_units(const uint32_t* from, long ld_from, long width) const {
     if (!BF) return from;
+#if TILES
+    if (amx::allowed) {
+      amx::transposed(pair_a, panel_units<BF>(rows), from, ld_from, rows, width);
+      return pair_a;
+    }
+#endif
     const long pad = round_up(width, COLS);
 #if defined(__AVX512BF16__)
     for (long r = 0; r < rows; r += 2)
@@ -782,13 +826,14 @@ struct Block {
       slope_layer<GELU_TANH>, slope_layer<GELU>, slope_layer<SILU>, slope_layer<RELU>,
       slope_layer<ELU>,       slope_layer<MISH>, slope_layer<TANH>};
 
-  // d[i], the gradient of layer i's output, becomes that of its product; sums over rows grow.
+  // d[i], the gradient of layer i's output, becomes that of its product; sums over rows grow. Without a norm it becomes
+  // the operands of what follows as well, or instead where no one reads floats.
   template <int A>
   void slope_rows(long i, long n, bool with_weights) {
     const Layer& layer = net.layers[i];
     const Packed::Hidden& own = w->layers[size_t(i)];
     const long width = layer.width, wide = round_up(width, LANES), pad = layer.pad;
-    const bool tabled = shared && i == 0;
+    const bool tabled = shared && i == 0, floats = !BF || i == 0;
     const long most = net.widest();
     float *hats = scratch, *slopes = hats + GROUP * most;
     // A block's sums first, then those of blocks: a long sum of single rows would lose bits.
@@ -802,14 +847,26 @@ struct Block {
       const float* x = y[size_t(i)] + r0 * pad;
       float* g = d[size_t(i)] + r0 * pad;
       if (net.norm == NONE) {
-        for (long r = 0; r < count; r++)
-          for (long k = 0; k < wide; k += LANES) {
-            Vec s;
-            activate<A, true, BF>(load(x + r * pad + k), s);
-            Vec v = load(g + r * pad + k) * s;
-            store(g + r * pad + k, v);
-            if (bias) grow(bias, k, v);
+        const float* known = slope[size_t(i)] ? slope[size_t(i)] + r0 * pad : nullptr;
+        uint32_t *units = row_units + r0 * ld(width), *even_and_odd = pair_d + r0 / 2 * pad;
+        for (long k = 0; k < wide; k += LANES) {
+          Vec sum = {};
+          for (long r = 0; r < count; r += 2) {
+            Vec v[2] = {};
+            for (long j = 0; j < 2 && r + j < count; j++) {
+              const long at = (r + j) * pad + k;
+              Vec s;
+              if (known) s = load(known + at);
+              else activate<A, true, BF>(load(x + at), s);
+              v[j] = load(g + at) * s;
+              if (floats) store(g + at, v[j]);
+              if (BF) operand<BF>(units + (r + j) * ld(width), v[j], int(k / LANES));
+              sum += v[j];
+            }
+            if (BF && with_weights) pairs(even_and_odd + r / 2 * pad + k, v[0], v[1]);
           }
+          if (bias) grow(bias, k, sum);
+        }
         continue;
       }
       float a[GROUP], b[GROUP];

@@ -739,7 +739,7 @@ int fastflow_walk_frozen(const void* frozen, int64_t rows, int64_t samples, int6
   });
 }
 void fastflow_release(void* frozen) { delete static_cast<Frozen*>(frozen); }
-// Width of vectors in floats, whether bfloat16 products are there, whether threads are.
+// Width of vectors in floats; whether bfloat16 products are there, whether by tiles, whether threads are.
 int fastflow_lanes() { return LANES; }
 int fastflow_bf16() {
 #if defined(__AVX512BF16__)
@@ -748,6 +748,7 @@ int fastflow_bf16() {
   return 0;
 #endif
 }
+int fastflow_tiles() { return amx::ask(); }
 int fastflow_threads() {
 #ifdef _OPENMP
   return 1;

@@ -37,6 +37,16 @@ typedef float VecAny __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAny*>(p); }
 INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAny*>(p) = x; }
+// The first n lanes, fewer than all; zeros beyond.
+INLINE Vec load_some(const float* p, long n) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+#else
+  Vec x = {};
+  memcpy(&x, p, size_t(n) * 4);
+  return x;
+#endif
+}
 INLINE Vec all(float x) { return Vec{} + x; }
 INLINE Vec pick(Int where, Vec a, Vec b) { return where ? a : b; }
 // A NaN in `a` stays: the processor's minimum returns its second operand then.
@@ -222,12 +232,21 @@ INLINE void operand(uint32_t* to, Vec x, int i) {  // lanes i * LANES ... of a r
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// 0 16 1 17 2 18 ... of 32 numbers of 16 bits.
+INLINE __m512i interleaved(__m512i x) {
+  __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  lane = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
+  return _mm512_permutexvar_epi16(lane, x);
+}
+#endif
+
 // Two rows as pairs: the summed axis is that of rows.
 INLINE void pairs(uint32_t* to, Vec even, Vec odd) {
 #if defined(__AVX512BF16__)
-  __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(even))));
-  __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(odd))));
-  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  __m512i both = reinterpret_cast<__m512i>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even)));
+  _mm512_storeu_si512(to, interleaved(both));
 #endif
 }
 
