@@ -54,11 +54,11 @@ def draw_time(axis: Axes, runs: Sequence[Run]) -> None:
         axis.barh(range(len(runs)), seconds, left=left, color=color, label=_NAMES[part])
         left += seconds
     axis.set_yticks(range(len(runs)), labels_of(runs))
-    axis.invert_yaxis()
+    axis.set_ylim(len(runs) + 0.4, -0.6)  # room for the legend below the bars
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("seconds")
     axis.set_title("Where the time went")
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="lower left", ncols=2)
 
 
 def steps_axis(axis: Axes) -> None:
@@ -99,11 +99,11 @@ def draw_experiment(experiment: Experiment, seeds: Sequence[int], folder: Path) 
     Args:
         experiment: whose finished runs lie in `folder`. seeds: of the report.
     """
-    runs = {
-        arm: [run for seed in seeds if (run := finished(run_path(folder, arm, seed))) is not None]
+    found = [
+        (arm.label, [run for seed in seeds if (run := finished(run_path(folder, arm, seed))) is not None])
         for arm in experiment.arms
-    }
-    runs = {arm: found for arm, found in runs.items() if found}
+    ]
+    runs = {label: some for label, some in found if some}
     if not runs:
         return []
     with figure_style():
@@ -112,23 +112,23 @@ def draw_experiment(experiment: Experiment, seeds: Sequence[int], folder: Path) 
             (axes[0], "evaluation/episode.return", "Return without noise"),
             (axes[1], "evaluation/episode.return.random", "Return with noise"),
         ):
-            for color, (arm, found) in zip(COLORS, runs.items(), strict=False):
-                _draw_interval(axis, [column(run.eval.rows(), name) for run in found], color, arm.label)
+            for color, (label, some) in zip(COLORS, runs.items(), strict=False):
+                _draw_interval(axis, [column(run.eval.rows(), name) for run in some], color, label)
             axis.set_title(title)
             steps_axis(axis)
         axes[0].legend(fontsize=8)
         left = np.zeros(len(runs))
         for part, color in zip(_PARTS, COLORS[3:], strict=False):
-            seconds = np.array([np.median([_seconds(run, part) for run in found]) for found in runs.values()])
+            seconds = np.array([np.median([_seconds(run, part) for run in some]) for some in runs.values()])
             axes[2].barh(range(len(runs)), seconds, left=left, color=color, label=_NAMES[part])
             left += seconds
-        axes[2].set_yticks(range(len(runs)), [arm.label for arm in runs])
-        axes[2].invert_yaxis()
+        axes[2].set_yticks(range(len(runs)), list(runs))
+        axes[2].set_ylim(len(runs) + 0.9, -0.6)  # room for the legend below the bars
         axes[2].grid(axis="y", visible=False)
         axes[2].set_xlabel("seconds of a run, median over seeds")
         axes[2].set_title("Where the time went")
-        axes[2].legend(fontsize=8)
-        count = ", ".join(f"{arm.label}: {len(found)}" for arm, found in runs.items())
+        axes[2].legend(fontsize=8, loc="lower left", ncols=2)
+        count = ", ".join(f"{label}: {len(some)}" for label, some in runs.items())
         figure.suptitle(f"{experiment.title} (seeds: {count})", x=0.01, ha="left", fontsize=10.5)
         return [save_figure(figure, folder / "curves.png")]
 

@@ -260,7 +260,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Names of environments begin so.
 _ENVIRONMENTS = {
-    "Pendulum-": "pendulum",
+    "Pendulum-": "pendulum/fpo++",
     "Reacher-": "reacher",
     "Hopper-": "hopper/fpo++",
     "HalfCheetah-": "halfcheetah/fpo++",
