@@ -159,7 +159,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "walker2d/fpo++": {**_CPU, **_PAIRS, "output_scale": 1.0, "lr": 1e-3},
     "dmc": {**_CPU, "lr": 1e-3, "clip": 0.05, "gamma": 0.995, "squash": "tanh", "normalize_rewards": True},
     # All maps in seconds; and what keeps both ways open at the saddle of the first (docs/fpo.md).
-    "gridworld/cpu": {**_GRID, "lr": 1e-3, "rollout_steps": 64},
+    "gridworld/cpu": {
+        **_GRID,
+        "ratio": "pair",
+        "num_pairs": 16,
+        "lr": 1e-3,
+        "gamma": 0.97,
+        "rollout_steps": 64,
+    },
     "gridworld/modes": {
         **_GRID,
         "ratio": "pair",

@@ -90,6 +90,10 @@ def _comparison(task: str) -> Experiment:
         Arm("fpo++", "FPO++", {"preset": f"{task}/fpo++"}, group="FPO++"),
         Arm("ppo", "PPO (Gaussian)", {"preset": task}, group="PPO", agent="ppo"),
     ]
+    if task in ("hopper", "halfcheetah"):
+        # What many PPO recipes do on these tasks.
+        settings = {"preset": task, "agent.normalize_rewards": True}
+        arms.append(Arm("ppo-normalized", "PPO, rewards normalised", settings, group="PPO", agent="ppo"))
     return Experiment(
         name=f"fpo-{task}",
         title=f"FPO, FPO++ and Gaussian PPO on {env}",

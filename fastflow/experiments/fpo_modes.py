@@ -198,15 +198,7 @@ GRIDWORLD = Experiment(
     sizes={
         "small": Size(
             {
-                **_PLAIN,
-                **_FLOW,
-                "agent.ratio": "action",
-                "num_envs": 32,
-                "agent.rollout_steps": 64,
-                "agent.num_epochs": 10,
-                "agent.gamma": 0.99,
-                "agent.gae_lambda": 0.95,
-                "agent.lr": 1e-3,
+                "preset": "gridworld/cpu",
                 "steps": 100_000,
                 "log_interval": 10_000,
                 "eval_interval": 20_000,
