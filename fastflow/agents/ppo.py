@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {},
     "pendulum": {"lr": 3e-4, "clip": 0.1, "gamma": 0.95, "rollout_steps": 64},
     "reacher": {"lr": 1e-3},
+    "normalized": {"normalize_rewards": True},
     "hopper": {},
     "halfcheetah": {},
     "walker2d": {},
@@ -89,15 +90,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 _ENVIRONMENTS = {
     "Pendulum-": "pendulum",
     "Reacher-": "reacher",
-    "Hopper-": "hopper",
-    "HalfCheetah-": "halfcheetah",
-    "Walker2d-": "walker2d",
+    "Hopper-": "normalized",
+    "HalfCheetah-": "normalized",
+    "Walker2d-": "normalized",
     "dmc-": "dmc",
 }
 
 LOOP_PRESETS: dict[str, dict[str, Any]] = {
     "pendulum": {"steps": 200_000},
     "reacher": {"steps": 200_000},
+    "normalized": {"steps": 400_000},
     "hopper": {"steps": 400_000},
     "halfcheetah": {"steps": 400_000},
     "walker2d": {"steps": 400_000},
