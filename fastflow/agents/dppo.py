@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastflow import ops
 from fastflow.agents.checks import check_config
 from fastflow.agents.fpo import flow_policy
-from fastflow.agents.on_policy import ActorLoss, OnPolicyAgent, OnPolicyConfig
+from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, OnPolicyAgent, OnPolicyConfig
 from fastflow.surrogate import flow_log_ratio
 
 __all__ = ["LOOP_PRESETS", "PRESETS", "DppoAgent", "DppoConfig", "preset_for"]
@@ -72,23 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for two CPU cores: 16 environments of 128 steps.
     "cpu": {"output_scale": 0.25},
     # FPO's baseline on MuJoCo Playground.
-    "playground": {
-        "actor_hidden": (32, 32, 32, 32),
-        "critic_hidden": (256, 256, 256, 256, 256),
-        "output_scale": 0.25,
-        "squash": "tanh",
-        "clip": 0.2,
-        "gamma": 0.995,
-        "rollout_steps": 480,
-        "num_epochs": 16,
-        "num_minibatches": 32,
-        "normalize_advantages": "minibatch",
-        "recompute_advantages": True,
-        "value_coef": 0.25,
-        "reward_scale": 10.0,
-        "max_grad_norm": 0.0,
-        "adam_eps": 1e-8,
-    },
+    "playground": {**PLAYGROUND, "output_scale": 0.25, "clip": 0.2},
 }
 LOOP_PRESETS: dict[str, dict[str, Any]] = {"playground": {"num_envs": 2048, "steps": 60_000_000}}
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.agents.checks import check_config
-from fastflow.agents.on_policy import ActorLoss, OnPolicyAgent, OnPolicyConfig
+from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, OnPolicyAgent, OnPolicyConfig
 from fastflow.fields import PowerFourier, RawTime, TimeEmbedding, VelocityField
 from fastflow.modules import FlowPolicy, FrozenFlowPolicy
 from fastflow.philox import PhiloxNoise
@@ -196,26 +196,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize_observations": False,
         "adam_eps": 1e-8,
     },
-    # MuJoCo Playground: 2,048 environments of 480 steps, 32 minibatches of 30,720.
-    "playground": {
-        "actor_hidden": (32, 32, 32, 32),
-        "critic_hidden": (256, 256, 256, 256, 256),
-        "output_scale": 0.25,
-        "error": "noise",
-        "time_sampling": "grid",
-        "squash": "tanh",
-        "clip": 0.05,
-        "gamma": 0.995,
-        "rollout_steps": 480,
-        "num_epochs": 16,
-        "num_minibatches": 32,
-        "normalize_advantages": "minibatch",
-        "recompute_advantages": True,
-        "value_coef": 0.25,
-        "reward_scale": 10.0,
-        "max_grad_norm": 0.0,
-        "adam_eps": 1e-8,
-    },
+    "playground": {**PLAYGROUND, "output_scale": 0.25, "error": "noise", "time_sampling": "grid", "clip": 0.05},
     "fpo++/locomotion": {
         **_FPO_PLUS,
         "actor_hidden": (256, 256, 256),

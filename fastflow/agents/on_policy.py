@@ -28,7 +28,7 @@ from fastflow.modules import ValueNetwork
 from fastflow.running import RunningStatistics
 from fastflow.surrogate import advantages_for, surrogate
 
-__all__ = ["ActorLoss", "OnPolicyAgent", "OnPolicyConfig", "OnPolicyNetworks"]
+__all__ = ["PLAYGROUND", "ActorLoss", "OnPolicyAgent", "OnPolicyConfig", "OnPolicyNetworks"]
 
 
 # Configuration ------------------------------------------------------------------------------------------------------
@@ -180,6 +180,24 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 # Of the learning rate that adaptive_kl steers, as shares of lr.
 _LOWEST, _HIGHEST, _FACTOR = 1e-2, 1e2, 1.5
+
+
+PLAYGROUND: dict[str, Any] = {
+    "actor_hidden": (32, 32, 32, 32),
+    "critic_hidden": (256, 256, 256, 256, 256),
+    "squash": "tanh",
+    "gamma": 0.995,
+    "rollout_steps": 480,
+    "num_epochs": 16,
+    "num_minibatches": 32,
+    "normalize_advantages": "minibatch",
+    "recompute_advantages": True,
+    "value_coef": 0.25,
+    "reward_scale": 10.0,
+    "max_grad_norm": 0.0,
+    "adam_eps": 1e-8,
+}
+"""What FPO's paper gives all agents on MuJoCo Playground: 2,048 environments of 480 steps, 32 minibatches of 30,720."""
 
 
 # The agent ----------------------------------------------------------------------------------------------------------

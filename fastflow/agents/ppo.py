@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.agents.checks import check_config
-from fastflow.agents.on_policy import ActorLoss, OnPolicyAgent, OnPolicyConfig
+from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, OnPolicyAgent, OnPolicyConfig
 from fastflow.dense import dense_stack
 from fastflow.fields import DenseStack
 
@@ -68,23 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adam_eps": 1e-8,
     },
     # The tuned baseline on MuJoCo Playground.
-    "playground": {
-        "actor_hidden": (32, 32, 32, 32),
-        "critic_hidden": (256, 256, 256, 256, 256),
-        "squash": "tanh",
-        "clip": 0.1,
-        "gamma": 0.995,
-        "rollout_steps": 480,
-        "num_epochs": 16,
-        "num_minibatches": 32,
-        "normalize_advantages": "minibatch",
-        "recompute_advantages": True,
-        "value_coef": 0.25,
-        "reward_scale": 10.0,
-        "entropy_coef": 0.01,
-        "max_grad_norm": 0.0,
-        "adam_eps": 1e-8,
-    },
+    "playground": {**PLAYGROUND, "clip": 0.1, "entropy_coef": 0.01},
 }
 # Names of environments begin so.
 _ENVIRONMENTS = {
