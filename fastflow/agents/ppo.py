@@ -11,11 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastflow import ops
 from fastflow.agents.checks import check_config
 from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, OnPolicyAgent, OnPolicyConfig
-from fastflow.dense import dense_stack
 from fastflow.fields import DenseStack
+from fastflow.modules import _Plain
 
 __all__ = ["LOOP_PRESETS", "PRESETS", "GaussianPolicy", "PpoAgent", "PpoConfig", "preset_for"]
 
@@ -97,7 +96,7 @@ def preset_for(env_name: str) -> str | None:
     return next((preset for begin, preset in _ENVIRONMENTS.items() if env_name.startswith(begin)), None)
 
 
-class GaussianPolicy(nn.Module):
+class GaussianPolicy(_Plain):
     """N(mean(obs), diag(std^2)) with a standard deviation that does not depend on obs.
 
     Args:
@@ -128,7 +127,7 @@ class GaussianPolicy(nn.Module):
         self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), None, None, device, dtype)
         self.log_std = nn.Parameter(torch.empty(action_dim, device=device, dtype=dtype), requires_grad=learned)
         self.activation, self.init_std, self.head_scale = activation, init_std, head_scale
-        self.backend, self.precision = backend, precision
+        self.norm, self.backend, self.precision = None, backend, precision
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draws all weights anew."""
@@ -139,9 +138,7 @@ class GaussianPolicy(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Means [B, A] for obs [B, O]."""
-        native = (ops.DEFAULT_BACKEND if self.backend is None else self.backend) != "reference"
-        parameters = self.network.parameter_list()
-        return dense_stack(obs, parameters, self.activation, None, precision=self.precision, native=native)
+        return self._dense(obs, self.network.parameter_list())
 
     def log_prob(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Log-densities [B] of actions [B, A]."""
