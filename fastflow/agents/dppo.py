@@ -13,60 +13,45 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.agents.checks import check_config
-from fastflow.agents.fpo import flow_policy
-from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, OnPolicyAgent, OnPolicyConfig
+from fastflow.agents.flow import FlowConfig, flow_policy
+from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, OnPolicyAgent
 from fastflow.surrogate import flow_log_ratio
 
 __all__ = ["LOOP_PRESETS", "PRESETS", "DppoAgent", "DppoConfig", "preset_for"]
 
 
 @dataclasses.dataclass(frozen=True)
-class DppoConfig(OnPolicyConfig):
+class DppoConfig(FlowConfig):
     """Hyperparameters of the denoising MDP.
 
     Raises:
         ValueError: a value outside its range. TypeError: a value of another type. Both name the field.
     """
 
-    num_steps: int = 10
-    """K: Euler steps from noise to an action."""
     sigma: float = 0.05
     """Standard deviation of the noise behind each step, while learning."""
     last_steps: int = 0
     """Learn on the last so many steps of the walk; 0 learns on all."""
-    prediction: Literal["velocity", "endpoint"] = "velocity"
-    """What the network puts out."""
-    output_scale: float = 1.0
-    """The network's output is multiplied by this."""
-    time_embed_dim: int = 8
-    """Numbers that tell the time: sin and cos of 2^k t; 0 gives t itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_config(self, _LEAST, _RANGES, _CHOICES)
+        check_config(self, {"last_steps": 0}, {"sigma": (lambda x: x > 0, "a positive number")}, {})
         if self.last_steps > self.num_steps:
             raise ValueError(
                 f"DppoConfig: last_steps must be at most num_steps, {self.num_steps}, got {self.last_steps}"
             )
-        if self.time_embed_dim % 2:
-            raise ValueError(f"DppoConfig: time_embed_dim must be even, or 0 for t itself, got {self.time_embed_dim}")
         if self.entropy_coef:
             raise ValueError(
                 f"DppoConfig: entropy_coef must be 0, the entropy of a step is fixed; got {self.entropy_coef}"
             )
 
-
-_LEAST = {"num_steps": 1, "last_steps": 0, "time_embed_dim": 0}
-_POSITIVE = (lambda x: x > 0, "a positive number")
-_RANGES = {"sigma": _POSITIVE, "output_scale": _POSITIVE}
-_CHOICES: dict[str, tuple[object, ...]] = {"prediction": ("velocity", "endpoint")}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for two CPU cores: 16 environments of 128 steps.

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.agents.checks import check_config
-from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, OnPolicyAgent, OnPolicyConfig
-from fastflow.fields import PowerFourier, RawTime, TimeEmbedding, VelocityField
+from fastflow.agents.flow import FlowConfig, flow_policy
+from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, OnPolicyAgent
+from fastflow.fields import VelocityField
 from fastflow.modules import FlowPolicy, FrozenFlowPolicy
 from fastflow.philox import PhiloxNoise
 from fastflow.policy_loss import flow_policy_loss, pair_losses
@@ -39,7 +40,7 @@ __all__ = ["LOOP_PRESETS", "PRESETS", "FpoAgent", "FpoConfig", "preset_for"]
 
 
 @dataclasses.dataclass(frozen=True)
-class FpoConfig(OnPolicyConfig):
+class FpoConfig(FlowConfig):
     """Every hyperparameter of FPO and FPO++.
 
     Raises:
@@ -48,8 +49,6 @@ class FpoConfig(OnPolicyConfig):
 
     num_pairs: int = 8
     """N: pairs of time and noise per action."""
-    num_steps: int = 10
-    """K: Euler steps from noise to an action."""
     ratio: Literal["action", "pair"] = "action"
     """One ratio per action (FPO) or one per pair (FPO++)."""
     error: Literal["velocity", "noise", "endpoint"] = "velocity"
@@ -74,18 +73,10 @@ class FpoConfig(OnPolicyConfig):
     """Keep the pairs' noise for an update, or compute it again in every pass from a counter (R N A floats less)."""
     action_noise: float = 0.0
     """Standard deviation of Gaussian noise that exploration adds to an action."""
-    prediction: Literal["velocity", "endpoint"] = "velocity"
-    """What the network puts out. An end point needs grid or skewed times: at t = 1 its velocity is infinite."""
-    output_scale: float = 1.0
-    """The network's output is multiplied by this (0.25 in Playground)."""
-    time_embed_dim: int = 8
-    """Numbers that tell the time: sin and cos of 2^k t; 0 gives t itself."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_config(self, _LEAST, _RANGES, _CHOICES)
-        if self.time_embed_dim % 2:
-            raise ValueError(f"FpoConfig: time_embed_dim must be even, or 0 for t itself, got {self.time_embed_dim}")
         if self.prediction == "endpoint" and self.time_sampling == "uniform":
             raise ValueError(
                 "FpoConfig: prediction 'endpoint' needs time_sampling 'grid' or 'skewed', got 'uniform': its velocity "
@@ -95,14 +86,13 @@ class FpoConfig(OnPolicyConfig):
             raise ValueError("FpoConfig: entropy_coef needs num_pairs of at least 2: the estimate is about neighbours")
 
 
-_LEAST = {"num_pairs": 1, "num_steps": 1, "time_embed_dim": 0}
+_LEAST = {"num_pairs": 1}
 _RANGES = {
     "loss_scale": (lambda x: x > 0, "a positive number"),
     "loss_clamp": (lambda x: x >= 0, "at least 0"),
     "difference_clamp": (lambda x: x >= 0, "at least 0"),
     "time_beta": (lambda x: x > 0, "a positive number"),
     "action_noise": (lambda x: x >= 0, "at least 0"),
-    "output_scale": (lambda x: x > 0, "a positive number"),
 }
 _CHOICES: dict[str, tuple[object, ...]] = {
     "ratio": ("action", "pair"),
@@ -110,7 +100,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "dim_reduction": ops.DIM_REDUCTIONS,
     "time_sampling": ("uniform", "grid", "skewed"),
     "noise": ("stored", "regenerated"),
-    "prediction": ("velocity", "endpoint"),
 }
 
 _FPO_PLUS: dict[str, Any] = {
@@ -414,28 +403,6 @@ class FpoAgent(OnPolicyAgent):
         x_t, t = self._points(rows)
         change = self._velocity(x_t, t, rows["obs"]) - rows["velocity"]
         return (t.unsqueeze(-1) * change).square().mean()
-
-
-def flow_policy(config: Any, obs_dim: int, action_dim: int) -> FlowPolicy:
-    """The flow policy that a configuration describes, on the meta device: its constructor then draws nothing from
-    torch's global generator."""
-    embedding: TimeEmbedding = PowerFourier(config.time_embed_dim) if config.time_embed_dim else RawTime()
-    return FlowPolicy(
-        obs_dim,
-        action_dim,
-        hidden=config.actor_hidden,
-        activation=config.activation,
-        time_embedding=embedding,
-        output_scale=config.output_scale,
-        prediction=config.prediction,
-        num_steps=config.num_steps,
-        # Actions are learnt on as they are, and brought into bounds on their way to the environment.
-        clip=None,
-        backend=config.backend,
-        precision=config.precision,
-        device="meta",
-        dtype=torch.float32,
-    )
 
 
 def pair_times(uniform: Tensor, sampling: str, num_steps: int, beta: float) -> Tensor:
