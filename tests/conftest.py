@@ -141,14 +141,14 @@ def assert_pass_as_accurate(
 ) -> None:
     """`assert_as_accurate` for all results of one pass, forward and backward.
 
-    Eager may be right by luck where there are few numbers (a loss, a bias of the head), and in bfloat16 one activation
-    that falls on the other side of a kink moves a whole gradient: there, what eager errs by elsewhere in the pass is
-    allowed.
+    How near eager comes by luck depends on the machine's libraries, so what it errs by elsewhere in the pass is allowed
+    too; four times that where there are few numbers (a loss, a bias of the head), twice in bfloat16, where one
+    activation that falls on the other side of a kink moves a whole gradient.
     """
     assert fused.keys() == eager.keys() == exact.keys()
     typical = max(relative_rms(eager[name], exact[name]) for name in exact)
     for name in exact:
-        times = 4 if exact[name].numel() < 16 else 2 if precision == "bf16" else 0
+        times = 4 if exact[name].numel() < 16 else 2 if precision == "bf16" else 1
         floor = max(times * typical, 2e-6)
         assert_as_accurate(name, fused[name], eager[name], exact[name], ratio_floor=floor)
 

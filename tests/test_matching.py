@@ -40,7 +40,7 @@ def test_loss_and_every_gradient_match_reference(name, precision, device):
 @pytest.mark.parametrize("batch", [1, 3, 127, 129])
 def test_any_number_of_rows(batch, device):
     spec = SPECS["scalar-identity"]
-    compare_loss(random_field(spec, device), random_inputs(spec, batch, None, device), "fp32")
+    compare_loss(random_field(spec, device), random_inputs(spec, batch, None, device), "fp32", draws=3)
 
 
 def test_cond_per_member(device):
