@@ -33,36 +33,61 @@ TASKS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "halfcheetah": ("HalfCheetah-v5", 400_000, {}),
 }
 
+# What a search tries beside learning rate and clip: one setting of flows, one of Gaussians. Less noise to begin with
+# where control is fine; else the full scale of a flow's output, and a Gaussian's usual companion on these tasks.
+_EXTRA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "reacher": ({"agent.action_scale": 0.5}, {"agent.init_std": 0.5}),
+    "hopper": ({"agent.output_scale": 1.0}, {"agent.normalize_rewards": True}),
+}
+
 
 def _search(task: str) -> Experiment:
-    """Four settings of flow policies and four of Gaussian ones, all else equal."""
+    """As many settings of flow policies as of Gaussian ones, all else equal."""
     env, steps, shared = TASKS[task]
+    flow_extra, ppo_extra = _EXTRA.get(task, ({}, {}))
+
+    def with_and_without(
+        name: str, label: str, settings: dict[str, Any], extra: dict[str, Any], group: str, agent: str | None
+    ) -> list[Arm]:
+        found = [Arm(name, label, settings, group=group, agent=agent)]
+        for key, value in extra.items():
+            short = key.removeprefix("agent.")
+            found.append(
+                Arm(f"{name}-{short}", f"{label}, {short} {value}", {**settings, key: value}, group=group, agent=agent)
+            )
+        return found
+
     arms = [
-        Arm(
+        arm
+        for family, settings in _FAMILIES.items()
+        for lr in (3e-4, 1e-3)
+        for arm in with_and_without(
             f"{family}-lr{lr:g}",
             f"{family.upper()}, lr {lr:g}",
             {**settings, "agent.lr": lr},
-            group=family.upper(),
+            flow_extra,
+            family.upper(),
+            None,
         )
-        for family, settings in _FAMILIES.items()
-        for lr in (3e-4, 1e-3)
     ]
     arms += [
-        Arm(
+        arm
+        for lr in (3e-4, 1e-3)
+        for clip in (0.1, 0.2)
+        for arm in with_and_without(
             f"ppo-lr{lr:g}-clip{clip:g}",
             f"PPO, lr {lr:g}, clip {clip:g}",
             {"agent.lr": lr, "agent.clip": clip},
-            group="PPO",
-            agent="ppo",
+            ppo_extra,
+            "PPO",
+            "ppo",
         )
-        for lr in (3e-4, 1e-3)
-        for clip in (0.1, 0.2)
     ]
     return Experiment(
         name=f"fpo-search-{task}",
         title=f"Settings of FPO, FPO++ and PPO on {env}",
         agent="fpo",
-        question="Which learning rate and clip do the comparisons take?",
+        question="Which settings do the comparisons take?",
         arms=tuple(arms),
         sizes={
             "small": Size(
@@ -75,7 +100,7 @@ def _search(task: str) -> Experiment:
                     **shared,
                 },
                 (100,),
-                "2 CPU cores, 10 minutes",
+                "2 CPU cores, 20 minutes",
             )
         },
         metrics=(_RETURN, _RANDOM),
