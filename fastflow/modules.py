@@ -158,7 +158,7 @@ class FlowCritic(nn.Module):
     def start(self, u: Tensor) -> Tensor:
         """z_0 = (1 - u) l + u u' for uniform draws u: the start of the walk in `noise_range` = (l, u')."""
         low, high = self.noise_range
-        return (1 - u) * low + u * high
+        return u * (high - low) + low
 
     def loss(
         self,
@@ -553,7 +553,8 @@ def _critic_start(
 
 def _critic_end(z: Tensor, lead: torch.Size) -> Tensor:
     """The mean over the S walks, [..., 1] or [E, ..., 1]."""
-    q = z.mean(-2)
+    # A call of one row is mostly the small operators around the walk.
+    q = z.squeeze(-2) if z.shape[-2] == 1 else z.mean(-2)
     return q.reshape(*q.shape[:-2], *lead, 1)
 
 
