@@ -17,12 +17,13 @@ AOT := $(TRITONS:%=.triton/%/.complete)
 DMC := .mujoco/$(MUJOCO)/.complete
 endif
 
-.PHONY: help demo test bench gpu lint clean
+.PHONY: help demo test bench bench-compare gpu lint clean
 
 help:
 	@echo 'make demo    collect data, train floq and draw its figure, on the CPU or a GPU (within 10 minutes)'
 	@echo 'make test    run the tests; those that need a GPU are skipped and counted where there is none'
 	@echo 'make bench   measure against JAX, torch.compile and eager PyTorch on this machine (within 15 minutes on two cores)'
+	@echo 'make bench-compare BASE=<git ref>   is this tree slower than another commit? (5 minutes; exit code 1 if it is)'
 	@echo 'make gpu     on a machine with CUDA and no network: test and measure the kernels with the torch that is there'
 	@echo 'make lint    check style and types'
 	@echo 'make clean   remove what the other targets have made here, results in runs/ and demo/ excepted'
@@ -42,6 +43,9 @@ bench: $(VENV)/.installed-rivals
 	else \
 		$(BIN)/python -m benchmarks.cpu $(BENCH_ARGS); \
 	fi
+
+bench-compare: $(VENV)/.installed-dev
+	@$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error name the commit to compare with: make bench-compare BASE=main)) $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
