@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Ours, for two CPU cores: 16 environments of 128 steps.
     "cpu": {},
     "pendulum": {"lr": 3e-4, "clip": 0.1, "gamma": 0.95, "rollout_steps": 64},
-    "reacher": {"lr": 1e-3},
+    "reacher": {"lr": 1e-3, "init_std": 0.5},
     "normalized": {"normalize_rewards": True},
     "hopper": {},
     "halfcheetah": {},
