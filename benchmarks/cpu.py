@@ -126,7 +126,7 @@ def _count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    from benchmarks import cpu_figure, cpu_report
+    from benchmarks import cpu_figure, cpu_report, history
     from benchmarks.cpu_rows import LAST, MEASUREMENTS
 
     given = parse(arguments)
@@ -157,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError as error:
             run.skip("figure", str(error))
             run.write()
+    history.append(run.report, path.parent)
     print("\n" + cpu_report.markdown(run.report) + f"\n{path}", flush=True)
     ours = [e for m in run.report["measurements"].values() for e in m["entrants"] if e["rival"] == "fastflow"]
     if wanted and not ours:

@@ -54,12 +54,10 @@ def new(profile: str) -> dict[str, Any]:
 
 def stem(report: Mapping[str, Any]) -> str:
     """cpu-<machine>-<date>: the name of the run's files."""
-    name = re.sub(r"\(.*?\)|processor|cpu|@.*", " ", report["hardware"]["cpu"].lower())
-    slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown"
     profile = re.sub(r"[^a-z0-9]+", "-", report["profile"].lower()).strip("-")
     # What is not the whole table does not take the place of one.
     suffix = "" if profile == "full" else f"-{profile}"
-    return f"cpu-{slug}-{report['hardware']['cpu_cores']}-cores-{report['started'][:10]}{suffix}"
+    return f"cpu-{machine.name_of(report['hardware'])}-{report['started'][:10]}{suffix}"
 
 
 def table(measurements: Mapping[str, Any], rows: Sequence[Row] = TABLE) -> list[dict[str, Any]]:

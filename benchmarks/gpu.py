@@ -862,7 +862,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --output {arguments.output}: {error.strerror}", file=sys.stderr)
         return 2
-    from benchmarks import machine
+    from benchmarks import history, machine
 
     run = Run(arguments, device)
     watch(run)
@@ -882,6 +882,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         run.report["clocks"]["end"] = machine.clocks(device)
         run.write()
+    if not (arguments.small or arguments.sweep):
+        history.append(run.report, run.path.parent)
     print(table(run))
     summarize(run)
     return 0 if run.report["ok"] else 1

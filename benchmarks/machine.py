@@ -6,8 +6,10 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,15 @@ def hardware(device: torch.device) -> dict[str, Any]:
             "driver": clocks(device).get("driver_version"),
         }
     return out
+
+
+def name_of(hardware: Mapping[str, Any]) -> str:
+    """A name for files, such as "amd-epyc-2-cores" or "nvidia-h200"."""
+    if "gpu" in hardware:
+        return re.sub(r"[^a-z0-9]+", "-", hardware["gpu"].lower()).strip("-")
+    name = re.sub(r"\(.*?\)|processor|cpu|@.*", " ", hardware["cpu"].lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown"
+    return f"{slug}-{hardware['cpu_cores']}-cores"
 
 
 def clocks(device: torch.device) -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, counts
+from benchmarks import compare, counts, history
 from benchmarks.intervals import Interval, launches_interval, median_interval
 from benchmarks.tracked import TRACKED, Tracked
 
@@ -183,3 +183,50 @@ def test_a_case_is_added_in_ten_lines(monkeypatch):
     (case,) = tracked.TRACKED.values()
     assert isinstance(case, Tracked) and case.name == "product"
     assert counts.count(case.prepare(CPU), CPU)["allocated"] == 64 * 64 * 4
+
+
+# History --------------------------------------------------------------------------------------------------------------
+
+
+def run_of(day: int, microseconds: float) -> dict:
+    """What `history` reads of a report of `benchmarks.cpu`."""
+    entrants = [
+        {"name": "fastflow bf16", "rival": "fastflow", "median_us": microseconds},
+        {"name": "fastflow fp32", "rival": "fastflow"},
+        {"name": "eager fp32", "rival": "eager", "median_us": 9.0},
+    ]
+    return {
+        "started": f"2026-01-{day:02}T00:00:00+00:00",
+        "hardware": {"cpu": "Some(R) Processor 7", "cpu_cores": 2},
+        "software": {"torch": "2.13"},
+        "repository": {"commit": f"c{day}", "dirty": day > 1, "sources": "s"},
+        "measurements": {"walk": {"entrants": entrants}},
+    }
+
+
+def test_history_keeps_a_line_per_run_and_draws_them(tmp_path, capsys):
+    for day, time in ((2, 50.0), (1, 100.0)):
+        path = history.append(run_of(day, time), tmp_path)
+    assert path is not None and path.name == "history-some-7-2-cores.jsonl"
+    lines = history.read(path)
+    assert [line["commit"] for line in lines] == ["c1", "c2"]
+    assert [line["medians_us"] for line in lines] == [{"walk bf16": 100.0}, {"walk bf16": 50.0}]
+    assert history.main([str(path)]) == 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert history.append({**run_of(3, 1.0), "measurements": {}}, tmp_path) is None
+
+
+def test_history_reads_a_gpu_s_report():
+    row = {"rival": "fused", "precision": "bf16", "mode": "graph", "median_us": 3.0}
+    report = {**run_of(1, 1.0), "measurements": {}, "cases": {"walk": {"results": [row, {**row, "rival": "jax"}]}}}
+    assert history.line_of(report)["medians_us"] == {"walk bf16 graph": 3.0}
+
+
+def test_history_names_what_it_cannot_read(tmp_path, capsys):
+    path = history.append(run_of(1, 2.0), tmp_path)
+    assert history.main([str(path)]) == 2
+    assert "no measurement occurs in two runs" in capsys.readouterr().err
+    path.write_text("{}\n", encoding="utf-8")
+    assert history.main([str(path)]) == 2
+    assert "line 1: not a run's line" in capsys.readouterr().err
+    assert history.main([str(tmp_path / "missing")]) == 2
