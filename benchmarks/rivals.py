@@ -329,10 +329,41 @@ def jax_unrolled(problem: Problem, precision: str) -> Variant:
     return _jax_variant("jax unrolled", problem, precision, unrolled=True)
 
 
+def torchdiffeq_fixed(problem: Problem, precision: str) -> Variant:
+    """`torchdiffeq.odeint` on the grid of K steps: what flow-matching libraries sample with.
+
+    Raises:
+        Skipped: torchdiffeq is not installed; a loss; end times per row, which one grid cannot have.
+    """
+    case, field, spec = problem.case, problem.field, problem.case.spec
+    if case.kind != "integrate":
+        raise Skipped("a loss has nothing to integrate")
+    if case.end_times or case.method not in ("euler", "midpoint"):
+        raise Skipped("odeint has one grid for all rows, and of our methods Euler's and midpoint")
+    if importlib.util.find_spec("torchdiffeq") is None:
+        raise Skipped("torchdiffeq is not installed")
+    from torchdiffeq import odeint
+
+    lead = () if spec.ensemble is None else (spec.ensemble,)
+
+    def walk(x_0: Tensor, cond: Tensor) -> Tensor:
+        parameters, shared = field.parameter_list(), cond if case.samples is None else cond.unsqueeze(-2)
+        grid = torch.linspace(0, 1, case.num_steps + 1, device=x_0.device)
+
+        def velocity(t: Tensor, x: Tensor) -> Tensor:
+            return reference.velocity(spec, parameters, x, t, shared, precision)
+
+        path: Tensor = odeint(velocity, x_0.expand(*lead, *x_0.shape), grid, method=case.method)
+        return path[-1]
+
+    return torch_variant("torchdiffeq", problem, walk)
+
+
 RIVALS: dict[str, Rival] = {
     "fused": fused,
     "eager": eager,
     "eager baddbmm": eager_batched,
+    "torchdiffeq": torchdiffeq_fixed,
     "compile": compiled,
     "compile reduce-overhead": compiled_reduce_overhead,
     "compile max-autotune": compiled_max_autotune,
