@@ -108,7 +108,7 @@ def _critic(device: torch.device) -> Any:
 
     torch.manual_seed(0)
     ranges: Any = dict(reward_range=(-1.0, 0.0), discount=0.99)
-    return ff.FlowCritic.for_rewards(37, 5, hidden=(64, 64), num_steps=8, device=device, **ranges)
+    return ff.FlowCritic.for_rewards(37, 5, hidden=(64, 64), ensemble=2, num_steps=8, device=device, **ranges)
 
 
 def _policy(device: torch.device) -> Any:
