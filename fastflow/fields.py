@@ -11,14 +11,14 @@ import ast
 import functools
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastflow import reference
+from fastflow import from_modules, reference
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "elu", "mish", "tanh")
 NORMS = ("layer", None)
@@ -484,6 +484,9 @@ _CLASSES = {c.__name__: c for c in (Identity, Scaled, HLGauss, *_TIME_EMBEDDINGS
 class Dense(nn.Module):
     """y = x @ weight + bias, `weight` [in, out] or [E, in, out], `bias` [out] or [E, out]."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(
         self,
         in_features: int,
@@ -511,6 +514,9 @@ class Dense(nn.Module):
 
 class LayerNormAffine(nn.Module):
     """The scale `weight` and shift `bias` of one LayerNorm, [H] or [E, H]."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(
         self,
@@ -543,6 +549,9 @@ class DenseStack(nn.Module):
 
     Parameters are `layers.{i}.weight`, `layers.{i}.bias` and, with LayerNorm, `norms.{i}.weight`, `norms.{i}.bias`.
     """
+
+    layers: nn.ModuleList
+    norms: nn.ModuleList
 
     def __init__(
         self,
@@ -598,6 +607,9 @@ class VelocityField(DenseStack):
     the module.
     """
 
+    spec: FieldSpec
+    key: str
+
     def __init__(
         self, spec: FieldSpec, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -629,5 +641,246 @@ class VelocityField(DenseStack):
             x_t = x_t.expand(self.spec.ensemble, *x_t.shape)
         return reference.velocity(self.spec, self.parameter_list(), x_t, t, cond)
 
+    @classmethod
+    def from_sequential(
+        cls,
+        network: nn.Sequential | nn.ModuleList | Sequence[nn.Sequential | nn.ModuleList],
+        *,
+        state_dim: int,
+        cond_dim: int,
+        inputs: Sequence[str],
+        state_embedding: StateEmbedding = Identity(),
+        time_embedding: TimeEmbedding = RawTime(),
+        time_network: nn.Sequential | nn.ModuleList | Sequence[nn.Sequential | nn.ModuleList] | None = None,
+        output_scale: float = 1.0,
+        prediction: str = "velocity",
+    ) -> VelocityField:
+        """The field that a network made of torch's layers is, with a copy of its weights, in its dtype, on its device.
+
+        What fits: `Linear`, one activation (GELU with tanh or erf, SiLU, ReLU, ELU, Mish, Tanh) and in all hidden
+        layers or none a `LayerNorm`, before the activation or behind it; then a last `Linear`. Identity and dropout in
+        eval mode are left out. A Linear without bias gets a zero one, a LayerNorm without scale and shift one and zero;
+        as all parameters of a field they can be trained.
+
+        Args:
+            network: the layers, nested or not, from the features side by side to the velocity. A list or tuple of
+                networks that differ in their weights alone is an ensemble.
+            state_dim, cond_dim: D and C.
+            inputs: in which order the network takes its features side by side: "state", "time" and "cond" (left out
+                where `cond_dim` is 0), as in `("cond", "state", "time")`.
+            state_embedding, time_embedding: how x_t and t become the features that the network takes.
+            time_network: the layers of a `Sinusoidal` embedding's own MLP, an activation behind each; a list with an
+                ensemble.
+            output_scale, prediction: as in `FieldSpec`.
+
+        Raises:
+            ValueError: a layer that does not fit, by its name in the network, and why; or sizes that do not.
+            TypeError: a network that is no Sequential, ModuleList or list of them.
+        """
+        name = "VelocityField.from_sequential"
+        networks = list(network) if isinstance(network, (list, tuple)) else [network]
+        timers = list(time_network) if isinstance(time_network, (list, tuple)) else [time_network]
+        timers = [timer for timer in timers if timer is not None]
+        return cls._from_stacks(
+            name,
+            [from_modules.read_network(name, n) for n in networks],
+            [from_modules.read_network(f"{name}: time_network", n, head=False) for n in timers],
+            isinstance(network, (list, tuple)),
+            inputs,
+            state_dim=state_dim,
+            cond_dim=cond_dim,
+            state_embedding=state_embedding,
+            time_embedding=time_embedding,
+            output_scale=output_scale,
+            prediction=prediction,
+        )
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
+        *,
+        state_dim: int,
+        cond_dim: int,
+        inputs: Sequence[str],
+        activation: str,
+        norm_first: bool | None = None,
+        norm_eps: float = 1e-5,
+        prefix: str = "",
+        time_prefix: str | None = None,
+        state_embedding: StateEmbedding = Identity(),
+        time_embedding: TimeEmbedding = RawTime(),
+        output_scale: float = 1.0,
+        prediction: str = "velocity",
+    ) -> VelocityField:
+        """As `from_sequential`, from the weights of a network's `Linear` and `LayerNorm` layers, whatever its class.
+
+        Layers of each kind are taken in the order of their keys. What has no weights leaves no trace in a state_dict:
+        that the network has no LayerNorm without scale, no further activation and no skip is for the caller to know.
+
+        Args:
+            state_dict: "NAME.weight" [out, in] and "NAME.bias" [out] of every Linear, [H] both of every LayerNorm. A
+                list or tuple of state_dicts is an ensemble.
+            state_dim, cond_dim, inputs, state_embedding, time_embedding, output_scale, prediction: see
+                `from_sequential`.
+            activation: as in `FieldSpec`.
+            norm_first: whether the LayerNorms stand before the activation; None where there are none.
+            norm_eps: of the LayerNorms (torch's default).
+            prefix: the network's keys are those that begin with it, as in "actor.net."; others are not looked at.
+            time_prefix: likewise the keys of a `Sinusoidal` embedding's own MLP.
+
+        Raises:
+            ValueError: an entry that does not fit, by name, and why; or sizes that do not.
+            TypeError: a state_dict that does not map names to tensors.
+        """
+        name = "VelocityField.from_state_dict"
+        dicts = list(state_dict) if isinstance(state_dict, (list, tuple)) else [state_dict]
+        norm = (norm_first, norm_eps)
+        stacks = [from_modules.read_state_dict(name, d, activation, *norm, prefix) for d in dicts]
+        timers = []
+        if time_prefix is not None:
+            timers = [
+                from_modules.read_state_dict(name, d, activation, None, norm_eps, time_prefix, head=False)
+                for d in dicts
+            ]
+        return cls._from_stacks(
+            name,
+            stacks,
+            timers,
+            isinstance(state_dict, (list, tuple)),
+            inputs,
+            state_dim=state_dim,
+            cond_dim=cond_dim,
+            state_embedding=state_embedding,
+            time_embedding=time_embedding,
+            output_scale=output_scale,
+            prediction=prediction,
+        )
+
+    @classmethod
+    def _from_stacks(
+        cls,
+        name: str,
+        stacks: Sequence[from_modules.Stack],
+        timers: Sequence[from_modules.Stack],
+        ensemble: bool,
+        inputs: Sequence[str],
+        **described: Any,
+    ) -> VelocityField:
+        """The field of stacks of layers; `described` is what `FieldSpec` is told besides."""
+        if not stacks:
+            raise ValueError(f"{name}: an ensemble must have at least one network, got none")
+        stack = from_modules.side_by_side(name, stacks) if ensemble else stacks[0]
+        spec = FieldSpec(
+            hidden=stack.hidden,
+            ensemble=len(stacks) if ensemble else None,
+            activation=stack.activation,
+            norm="layer" if stack.norms else None,
+            norm_first=bool(stack.norm_first),
+            norm_eps=stack.norm_eps if stack.norms else FieldSpec.norm_eps,
+            **described,
+        )
+        order = _input_order(name, spec, inputs)
+        widths = _input_widths(spec)
+        if stack.inputs != sum(widths.values()):
+            parts = " + ".join(f"{part} {widths[part]}" for part in order)
+            raise ValueError(
+                f"{name}: the first Linear must take {parts} = {sum(widths.values())} features, got {stack.inputs}"
+            )
+        if stack.outputs != spec.state_dim:
+            raise ValueError(
+                f"{name}: the last Linear must give state_dim = {spec.state_dim} outputs, got {stack.outputs}"
+            )
+        time = _time_layers(name, spec, stack, timers)
+        (weight, bias), *rest = stack.layers
+        columns = from_modules.column_order(widths, order, INPUTS)
+        layers = ((weight[..., columns, :], bias), *rest)
+        field = cls(spec, "meta", weight.dtype).to_empty(device=weight.device)
+        with torch.no_grad():
+            given = [tensor for pair in (*layers, *stack.norms, *time) for tensor in pair]
+            for mine, theirs in zip(field.parameter_list(), given, strict=True):
+                mine.copy_(theirs)
+        return field
+
+    def to_sequential(self, inputs: Sequence[str] = ("cond", "state", "time")) -> nn.Sequential | list[nn.Sequential]:
+        """The network as torch's layers with a copy of the weights: the way back of `from_sequential`.
+
+        Args:
+            inputs: in which order it takes the features of state, time and cond side by side.
+
+        Returns:
+            An `nn.Sequential` from features to the head's output times `output_scale`, or a list with one per member.
+
+        Raises:
+            ValueError: an architecture other than `MLP`, or a time embedding with an MLP of its own.
+        """
+        name = "VelocityField.to_sequential"
+        spec = self.spec
+        if not isinstance(spec.architecture, MLP):
+            raise ValueError(
+                f"{name}: architecture must be MLP(), which is one stack of layers, got {spec.architecture}"
+            )
+        if spec.time_sizes:
+            raise ValueError(
+                f"{name}: the MLP that {spec.time_embedding} has of its own is no part of one stack of layers"
+            )
+        columns = from_modules.column_order(_input_widths(spec), INPUTS, _input_order(name, spec, inputs))
+        parts = spec.parts([p.detach() for p in self.parameter_list()])
+        layers = [*parts.layers]
+        layers[0] = (layers[0][0][..., columns, :], layers[0][1])
+        if spec.output_scale != 1:
+            layers[-1] = (layers[-1][0] * spec.output_scale, layers[-1][1] * spec.output_scale)
+        norm_first = None if spec.norm is None else spec.norm_first
+        like = from_modules.Stack(
+            spec.hidden, spec.activation, norm_first, spec.norm_eps, tuple(layers), tuple(parts.norms)
+        )
+        if spec.ensemble is None:
+            return from_modules.write_network(like)
+        return [from_modules.write_network(like.member(e)) for e in range(spec.ensemble)]
+
     def extra_repr(self) -> str:
         return str(self.spec)
+
+
+INPUTS = ("cond", "state", "time")
+"""The order in which a field's first layer takes its features."""
+
+
+def _input_widths(spec: FieldSpec) -> dict[str, int]:
+    return {"cond": spec.cond_dim, "state": spec.state_features, "time": spec.time_features}
+
+
+def _input_order(name: str, spec: FieldSpec, inputs: Sequence[str]) -> list[str]:
+    """The three kinds of features in the order given."""
+    order = [inputs] if isinstance(inputs, str) else list(inputs)
+    if not spec.cond_dim and "cond" not in order:
+        order.append("cond")
+    if sorted(order) != sorted(INPUTS):
+        raise ValueError(f"{name}: inputs must name 'state', 'time' and 'cond' in the network's order, got {inputs!r}")
+    return order
+
+
+def _time_layers(
+    name: str, spec: FieldSpec, stack: from_modules.Stack, timers: Sequence[from_modules.Stack]
+) -> tuple[from_modules.Pair, ...]:
+    """The layers of the time embedding's own MLP."""
+    if not spec.time_sizes:
+        if timers:
+            raise ValueError(f"{name}: a network of time's own fits Sinusoidal with hidden, got {spec.time_embedding}")
+        return ()
+    members = spec.ensemble or 1
+    if len(timers) != members:
+        raise ValueError(
+            f"{name}: {spec.time_embedding} has an MLP of its own, {members} with this network; got {len(timers)} "
+            "(time_network, or time_prefix)"
+        )
+    time = from_modules.side_by_side(name, timers) if spec.ensemble is not None else timers[0]
+    sizes = tuple((weight.shape[-2], weight.shape[-1]) for weight, _ in time.layers)
+    if sizes != spec.time_sizes:
+        raise ValueError(f"{name}: the network of time must have (in, out) {list(spec.time_sizes)}, got {list(sizes)}")
+    if time.norms or time.activation != stack.activation:
+        found = time.activation + (" and LayerNorm" if time.norms else "")
+        raise ValueError(
+            f"{name}: the network of time must have the field's activation {stack.activation}, got {found}"
+        )
+    return time.layers
