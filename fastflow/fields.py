@@ -33,9 +33,11 @@ class Identity:
     """State embedding: x itself, D features."""
 
     def width(self, state_dim: int) -> int:
+        """Number of features of a state of D = `state_dim` dimensions."""
         return state_dim
 
     def features(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., width]."""
         return x
 
 
@@ -50,9 +52,11 @@ class Scaled:
         _check_range(self, self.low, self.high)
 
     def width(self, state_dim: int) -> int:
+        """Number of features of a state of D = `state_dim` dimensions."""
         return state_dim
 
     def features(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., width]."""
         return (x - self.low) / (self.high - self.low)
 
 
@@ -80,11 +84,13 @@ class HLGauss:
             raise ValueError(f"HLGauss: sigma must be a positive number of edge spacings, got {self.sigma}")
 
     def width(self, state_dim: int) -> int:
+        """Number of features of a state of D = `state_dim` dimensions."""
         if state_dim != 1:
             raise ValueError(f"HLGauss embeds a scalar: state_dim must be 1, got {state_dim}")
         return self.bins - 1
 
     def features(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., width]."""
         return reference.hl_gauss(x, self.low, self.high, self.bins, self.sigma)
 
 
@@ -93,9 +99,11 @@ class RawTime:
     """Time embedding: t, one feature (FQL)."""
 
     def width(self) -> int:
+        """Number of features of a time."""
         return 1
 
     def features(self, t: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
         return t.unsqueeze(-1)
 
 
@@ -104,9 +112,11 @@ class Cosine:
     """Time embedding: cos(t), one feature (floq as released)."""
 
     def width(self) -> int:
+        """Number of features of a time."""
         return 1
 
     def features(self, t: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
         return torch.cos(t).unsqueeze(-1)
 
 
@@ -122,9 +132,11 @@ class CosineFourier:
             raise ValueError(f"CosineFourier: dim must be at least 1, got {self.dim}")
 
     def width(self) -> int:
+        """Number of features of a time."""
         return self.dim
 
     def features(self, t: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
         return reference.cosine_fourier(t, self.dim)
 
 
@@ -140,9 +152,11 @@ class PowerFourier:
             raise ValueError(f"PowerFourier: dim must be even and at least 2, got {self.dim}")
 
     def width(self) -> int:
+        """Number of features of a time."""
         return self.dim
 
     def features(self, t: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
         return reference.power_fourier(t, self.dim)
 
 
@@ -171,9 +185,11 @@ class Sinusoidal:
             raise ValueError(f"Sinusoidal: expected max_period > 1 and a finite scale, got {self}")
 
     def width(self) -> int:
+        """Number of features of a time."""
         return self.dim
 
     def features(self, t: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
         return reference.sinusoidal(self.scale * t, self.dim, self.max_period)
 
 
@@ -202,6 +218,7 @@ class MLP:
     """Architecture: hidden layers one behind the other, fed with [cond, state features, time features]."""
 
     def trunk(self, hidden: tuple[int, ...]) -> tuple[Hidden, ...]:
+        """The hidden layers of these widths, each with what it takes and adds."""
         return tuple(Hidden(width, (i - 1,) if i else (), None) for i, width in enumerate(hidden))
 
 
@@ -219,6 +236,7 @@ class ResidualMLP:
             raise ValueError(f"ResidualMLP: depth must be at least 1 layer per block, got {self.depth}")
 
     def trunk(self, hidden: tuple[int, ...]) -> tuple[Hidden, ...]:
+        """The hidden layers of these widths, each with what it takes and adds."""
         if len(set(hidden)) > 1 or (len(hidden) - 1) % self.depth:
             raise ValueError(
                 f"ResidualMLP: hidden must be 1 + n * {self.depth} equal widths, got {hidden} ({len(hidden)} layers)"
@@ -251,6 +269,7 @@ class FiLMUNet:
             raise ValueError(f"FiLMUNet: cond_hidden must hold widths of at least 1, got {self.cond_hidden}")
 
     def trunk(self, hidden: tuple[int, ...]) -> tuple[Hidden, ...]:
+        """The hidden layers of these widths, each with what it takes and adds."""
         n = len(hidden)
         down = [Hidden(width, (i - 1,) if i else (), None) for i, width in enumerate(hidden)]
         up = [Hidden(hidden[i], (2 * n - 2 - i,) + ((i,) if i < n - 1 else ()), None) for i in range(n - 1, -1, -1)]
