@@ -688,8 +688,8 @@ class VelocityField(DenseStack):
             inputs: in which order the network takes its features side by side: "state", "time" and "cond" (left out
                 where `cond_dim` is 0), as in `("cond", "state", "time")`.
             state_embedding, time_embedding: how x_t and t become the features that the network takes.
-            time_network: the layers of a `Sinusoidal` embedding's own MLP, an activation behind each; a list with an
-                ensemble.
+            time_network: the layers of a `Sinusoidal` embedding's own MLP; a list with an ensemble. A last Linear
+                without activation is multiplied into the first layer of the field, which gives the same function.
             output_scale, prediction: as in `FieldSpec`.
 
         Raises:
@@ -703,7 +703,7 @@ class VelocityField(DenseStack):
         return cls._from_stacks(
             name,
             [from_modules.read_network(name, n) for n in networks],
-            [from_modules.read_network(f"{name}: time_network", n, head=False) for n in timers],
+            [from_modules.read_network(f"{name}: time_network", n, needs_head=False) for n in timers],
             isinstance(network, (list, tuple)),
             inputs,
             state_dim=state_dim,
@@ -746,7 +746,8 @@ class VelocityField(DenseStack):
             norm_first: whether the LayerNorms stand before the activation; None where there are none.
             norm_eps: of the LayerNorms (torch's default).
             prefix: the network's keys are those that begin with it, as in "actor.net."; others are not looked at.
-            time_prefix: likewise the keys of a `Sinusoidal` embedding's own MLP.
+            time_prefix: likewise the keys of a `Sinusoidal` embedding's own MLP, the `time_network` of
+                `from_sequential`: with one layer more than the embedding has, the last is one without activation.
 
         Raises:
             ValueError: an entry that does not fit, by name, and why; or sizes that do not.
@@ -758,8 +759,11 @@ class VelocityField(DenseStack):
         stacks = [from_modules.read_state_dict(name, d, activation, *norm, prefix) for d in dicts]
         timers = []
         if time_prefix is not None:
+            num_hidden = len(getattr(time_embedding, "hidden", ()))
             timers = [
-                from_modules.read_state_dict(name, d, activation, None, norm_eps, time_prefix, head=False)
+                from_modules.read_state_dict(
+                    f"{name}: time_prefix", d, activation, None, norm_eps, time_prefix, num_hidden
+                )
                 for d in dicts
             ]
         return cls._from_stacks(
@@ -799,8 +803,11 @@ class VelocityField(DenseStack):
             norm_eps=stack.norm_eps if stack.norms else FieldSpec.norm_eps,
             **described,
         )
+        timer = _time_stack(name, spec, stack, timers)
         order = _input_order(name, spec, inputs)
         widths = _input_widths(spec)
+        if timer is not None and timer.has_head:
+            widths["time"] = timer.outputs
         if stack.inputs != sum(widths.values()):
             parts = " + ".join(f"{part} {widths[part]}" for part in order)
             raise ValueError(
@@ -810,10 +817,14 @@ class VelocityField(DenseStack):
             raise ValueError(
                 f"{name}: the last Linear must give state_dim = {spec.state_dim} outputs, got {stack.outputs}"
             )
-        time = _time_layers(name, spec, stack, timers)
         (weight, bias), *rest = stack.layers
-        columns = from_modules.column_order(widths, order, INPUTS)
-        layers = ((weight[..., columns, :], bias), *rest)
+        weight = weight[..., from_modules.column_order(widths, order, INPUTS), :]
+        time = () if timer is None else timer.layers[: len(timer.hidden)]
+        if timer is not None and timer.has_head:
+            others, own = weight.split([stack.inputs - timer.outputs, timer.outputs], dim=-2)
+            own, bias = from_modules.behind(timer.layers[-1], (own, bias))
+            weight = torch.cat([others, own], dim=-2)
+        layers = ((weight, bias), *rest)
         field = cls(spec, "meta", weight.dtype).to_empty(device=weight.device)
         with torch.no_grad():
             given = [tensor for pair in (*layers, *stack.norms, *time) for tensor in pair]
@@ -879,14 +890,14 @@ def _input_order(name: str, spec: FieldSpec, inputs: Sequence[str]) -> list[str]
     return order
 
 
-def _time_layers(
+def _time_stack(
     name: str, spec: FieldSpec, stack: from_modules.Stack, timers: Sequence[from_modules.Stack]
-) -> tuple[from_modules.Pair, ...]:
-    """The layers of the time embedding's own MLP."""
+) -> from_modules.Stack | None:
+    """The network of time's own, of all members."""
     if not spec.time_sizes:
         if timers:
             raise ValueError(f"{name}: a network of time's own fits Sinusoidal with hidden, got {spec.time_embedding}")
-        return ()
+        return None
     members = spec.ensemble or 1
     if len(timers) != members:
         raise ValueError(
@@ -894,12 +905,15 @@ def _time_layers(
             "(time_network, or time_prefix)"
         )
     time = from_modules.side_by_side(name, timers) if spec.ensemble is not None else timers[0]
-    sizes = tuple((weight.shape[-2], weight.shape[-1]) for weight, _ in time.layers)
+    sizes = tuple((weight.shape[-2], weight.shape[-1]) for weight, _ in time.layers[: len(time.hidden)])
     if sizes != spec.time_sizes:
-        raise ValueError(f"{name}: the network of time must have (in, out) {list(spec.time_sizes)}, got {list(sizes)}")
+        raise ValueError(
+            f"{name}: the network of time must have (in, out) {list(spec.time_sizes)} in layers with an activation, "
+            f"got {list(sizes)}"
+        )
     if time.norms or time.activation != stack.activation:
         found = time.activation + (" and LayerNorm" if time.norms else "")
         raise ValueError(
             f"{name}: the network of time must have the field's activation {stack.activation}, got {found}"
         )
-    return time.layers
+    return time

@@ -25,14 +25,20 @@ _FITTING = "Linear, LayerNorm, GELU, SiLU, ReLU, ELU, Mish and Tanh fit"
 
 
 class Stack(NamedTuple):
-    """A stack of layers: Linear, activation and perhaps LayerNorm per hidden layer, then the head, a Linear."""
+    """A stack of layers: Linear, activation and perhaps LayerNorm per hidden layer, then the head, a Linear. The MLP of
+    a time embedding may have none."""
 
     hidden: tuple[int, ...]
     activation: str
     norm_first: bool | None  # LayerNorm before the activation or behind it; None for no LayerNorm
     norm_eps: float
-    layers: tuple[Pair, ...]  # weight [in, out] and bias [out], head last; [E, ...] for an ensemble
+    layers: tuple[Pair, ...]  # weight [in, out] and bias [out], head last if there is one; [E, ...] for an ensemble
     norms: tuple[Pair, ...]  # scale and shift, [H] or [E, H]
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the last layer is a Linear without activation."""
+        return len(self.layers) > len(self.hidden)
 
     @property
     def inputs(self) -> int:
@@ -68,13 +74,13 @@ class _Layer(NamedTuple):
     bias: Any = None
 
 
-def read_network(owner: str, network: object, head: bool = True) -> Stack:
+def read_network(owner: str, network: object, needs_head: bool = True) -> Stack:
     """The stack that an `nn.Sequential` or an `nn.ModuleList`, nested or not, runs from its first layer to its last.
 
     Args:
         owner: what stands in front of every error.
         network: the layers.
-        head: the last layer is a Linear; else every Linear has its activation (the MLP of a time embedding).
+        needs_head: the last layer must be a Linear; else an activation may stand behind it.
 
     Raises:
         ValueError: names the layer that does not fit, and why.
@@ -83,7 +89,8 @@ def read_network(owner: str, network: object, head: bool = True) -> Stack:
     if not isinstance(network, (nn.Sequential, nn.ModuleList)):
         hint = "; put its layers into an nn.Sequential" if isinstance(network, nn.Module) else ""
         raise TypeError(f"{owner}: network must be an nn.Sequential or nn.ModuleList, got {_type(network)}{hint}")
-    return _stack(owner, list(_layers(owner, network)), head)
+    layers = list(_layers(owner, network))
+    return _stack(owner, layers, needs_head or not layers or layers[-1].kind == "linear")
 
 
 def read_state_dict(
@@ -93,15 +100,16 @@ def read_state_dict(
     norm_first: bool | None,
     norm_eps: float,
     prefix: str = "",
-    head: bool = True,
+    num_hidden: int | None = None,
 ) -> Stack:
     """The stack whose Linear and LayerNorm layers have these weights, each kind in the order it is run in.
 
     Args:
-        owner, head: as for `read_network`.
+        owner: what stands in front of every error.
         state_dict: "NAME.weight" [out, in] and "NAME.bias" [out] of a Linear, [H] both of a LayerNorm.
         activation, norm_first, norm_eps: what a state_dict does not tell, as in `FieldSpec`.
         prefix: keys that begin with it are the network's.
+        num_hidden: so many layers have an activation; by default all but the last.
 
     Raises:
         ValueError: names the entry that does not fit, and why.
@@ -133,7 +141,7 @@ def read_state_dict(
     if not linears:
         known = ", ".join(list(map(str, state_dict))[:4])
         raise ValueError(f"{owner}: no Linear's weight begins with prefix {prefix!r}; state_dict holds {known} ...")
-    hidden = linears[:-1] if head else linears
+    hidden = linears[: len(linears) - 1 if num_hidden is None else num_hidden]
     if norms and len(norms) != len(hidden):
         raise ValueError(
             f"{owner}: {len(norms)} LayerNorms ({', '.join(layer.name for layer in norms)}) for {len(hidden)} hidden "
@@ -149,7 +157,7 @@ def read_state_dict(
         if i < len(hidden):
             between = [_Layer(f"{linear.name} (activation)", activation, "activation", activation), *norms[i : i + 1]]
             layers += reversed(between) if norm_first else between
-    return _stack(owner, layers, head)
+    return _stack(owner, layers, len(linears) > len(hidden))
 
 
 def side_by_side(owner: str, members: Sequence[Stack]) -> Stack:
@@ -195,6 +203,14 @@ def write_network(stack: Stack) -> nn.Sequential:
                 norm.bias.copy_(stack.norms[i][1])
                 modules.insert(len(modules) - int(bool(stack.norm_first)), norm)
     return nn.Sequential(*modules)
+
+
+def behind(first: Pair, head: Pair) -> Pair:
+    """The layer that does what `first` and then `head` do, Linear layers without anything between them."""
+    # In float64: a product on a GPU may round its operands to TF32.
+    (w, b), (v, c) = ([tensor.double() for tensor in pair] for pair in (first, head))
+    weight, bias = w @ v, (b.unsqueeze(-2) @ v).squeeze(-2) + c
+    return weight.to(head[0].dtype), bias.to(head[1].dtype)
 
 
 def column_order(widths: Mapping[str, int], given: Sequence[str], wanted: Sequence[str]) -> list[int]:
@@ -273,10 +289,10 @@ def _stack(owner: str, layers: Sequence[_Layer], head: bool) -> Stack:
         raise ValueError(f"{owner}: the network has no Linear")
     if head and len(groups) == 1:
         only = groups[0][0]
-        _refuse(owner, only.name, only.text, "it is the only Linear; a field has a hidden layer at least")
+        _refuse(owner, only.name, only.text, "it is the only Linear; there must be a hidden layer before it")
     hidden = groups[:-1] if head else groups
     for extra in groups[-1][1:] if head else ():
-        _refuse(owner, extra.name, extra.text, "it stands behind the last Linear, whose output is a field's output")
+        _refuse(owner, extra.name, extra.text, "it stands behind the last Linear, which gives the output")
     for group, following in zip(hidden, [*groups[1:], None]):
         _check_hidden(owner, group, following)
     first = hidden[0]

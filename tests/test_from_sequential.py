@@ -228,14 +228,18 @@ def test_a_module_list_is_a_stack_and_a_subclass_of_sequential_too():
         assert all(torch.equal(a, b) for a, b in zip(fields[0].parameter_list(), field.parameter_list()))
 
 
+@pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("members", [None, 2])
-def test_time_s_own_network(members):
+def test_time_s_own_network(members, head):
+    """With an activation behind its last layer or, as in most diffusion models, none: then two layers become one."""
     time = ff.Sinusoidal(6, (7, 5))
-    told = SIZES | dict(time_embedding=time)
+    told = SIZES | dict(time_embedding=time, inputs=("time", "state", "cond"))
 
     def pair():
         timer = nn.Sequential(nn.Linear(6, 7), nn.Mish(), nn.Linear(7, 5, bias=False), nn.Mish())
-        return mlp(12, activation=nn.Mish).double(), randomised(timer).double()
+        if head:
+            timer.append(nn.Linear(5, 4))
+        return mlp(11 if head else 12, activation=nn.Mish).double(), randomised(timer).double()
 
     pairs = [pair() for _ in range(members or 1)]
     networks, timers = map(list, zip(*pairs))
@@ -244,7 +248,7 @@ def test_time_s_own_network(members):
     else:
         field = ff.VelocityField.from_sequential(networks, time_network=timers, **told)
     x_t, t, cond = points(SIZES)
-    own = [own_field(n, x_t, t, cond, SIZES["inputs"], time=time, time_network=m) for n, m in pairs]
+    own = [own_field(n, x_t, t, cond, told["inputs"], time=time, time_network=m) for n, m in pairs]
     expected = own[0] if members is None else torch.stack(own)
     torch.testing.assert_close(field(x_t, t, cond), expected, rtol=1e-12, atol=1e-12)
     holders = [nn.ModuleDict({"net": n, "time": m}).state_dict() for n, m in pairs]
@@ -255,6 +259,21 @@ def test_time_s_own_network(members):
     assert all(torch.equal(a, b) for a, b in zip(again.parameter_list(), field.parameter_list()))
     with pytest.raises(ValueError, match=r"to_sequential: the MLP that Sinusoidal\(.* has of its own"):
         field.to_sequential()
+
+
+def test_the_sinusoids_of_diffusion_models():
+    """Sines before cosines, and frequencies whose last is 1 / 10,000."""
+    half = 4
+    frequencies = 10_000 ** (-torch.arange(half, dtype=torch.float64) / (half - 1))
+    network = mlp(3 + 2 * half + 4).double()
+    x_t, t, cond = points(SIZES)
+    angles = 100 * t[:, None] * frequencies
+    expected = network(torch.cat([cond, x_t, angles.sin(), angles.cos()], -1))
+    with torch.no_grad():
+        network[0].weight[:, 7:] = network[0].weight[:, 7:].roll(half, 1)
+    time = ff.Sinusoidal(2 * half, (), max_period=10_000 ** (half / (half - 1)), scale=100)
+    field = ff.VelocityField.from_sequential(network, time_embedding=time, **SIZES)
+    torch.testing.assert_close(field(x_t, t, cond), expected)
 
 
 def test_layers_that_are_registered_apart_are_read_in_order():
@@ -443,7 +462,7 @@ REFUSED = {
         lambda: nn.Sequential(L(8, 6), nn.ReLU(), L(6, 3).double()),
         r"layer '2' \(Linear.*it is torch.float64 on cpu, the first layer torch.float32 on cpu",
     ),
-    "one layer": (lambda: nn.Sequential(L(8, 3)), r"layer '0' .*it is the only Linear; a field has a hidden layer"),
+    "one layer": (lambda: nn.Sequential(L(8, 3)), r"layer '0' .*it is the only Linear; there must be a hidden layer"),
     "no layer": (lambda: nn.Sequential(), r"the network has no Linear"),
     "features too few": (
         lambda: nn.Sequential(L(7, 6), nn.ReLU(), L(6, 3)),
@@ -500,10 +519,11 @@ def test_a_time_network_that_does_not_fit_is_named():
     for timer, message in (
         (None, r"has an MLP of its own, 1 with this network; got 0 \(time_network, or time_prefix\)"),
         ([good, good], r"1 with this network; got 2"),
-        (nn.Sequential(L(6, 5)), r"time_network: layer '0' .*no activation stands behind it"),
+        (nn.Sequential(L(6, 5)), r"time_network: layer '0' .*the only Linear; there must be a hidden layer before it"),
+        (nn.Sequential(L(6, 5), nn.SiLU(), L(5, 4)), r"must take cond 4 \+ state 3 \+ time 4 = 11 features, got 12"),
         (nn.Sequential(L(6, 5), nn.ReLU()), r"must have the field's activation silu, got relu"),
         (nn.Sequential(L(6, 5), N(5), nn.SiLU()), r"activation silu, got silu and LayerNorm"),
-        (nn.Sequential(L(6, 4), nn.SiLU()), r"must have \(in, out\) \[\(6, 5\)\], got \[\(6, 4\)\]"),
+        (nn.Sequential(L(6, 4), nn.SiLU()), r"must have \(in, out\) \[\(6, 5\)\] in .*, got \[\(6, 4\)\]"),
     ):
         with pytest.raises(ValueError, match=message):
             ff.VelocityField.from_sequential(mlp(12), time_network=timer, **told)
