@@ -832,17 +832,20 @@ class VelocityField(DenseStack):
                 mine.copy_(theirs)
         return field
 
-    def to_sequential(self, inputs: Sequence[str] = ("cond", "state", "time")) -> nn.Sequential | list[nn.Sequential]:
+    def to_sequential(
+        self, inputs: Sequence[str] = ("cond", "state", "time"), *, member: int | None = None
+    ) -> nn.Sequential:
         """The network as torch's layers with a copy of the weights: the way back of `from_sequential`.
 
         Args:
             inputs: in which order it takes the features of state, time and cond side by side.
+            member: which network of an ensemble; None without one.
 
         Returns:
-            An `nn.Sequential` from features to the head's output times `output_scale`, or a list with one per member.
+            The layers from features to the head's output times `output_scale`.
 
         Raises:
-            ValueError: an architecture other than `MLP`, or a time embedding with an MLP of its own.
+            ValueError: an architecture other than `MLP`, a time embedding with an MLP of its own, no such member.
         """
         name = "VelocityField.to_sequential"
         spec = self.spec
@@ -854,19 +857,21 @@ class VelocityField(DenseStack):
             raise ValueError(
                 f"{name}: the MLP that {spec.time_embedding} has of its own is no part of one stack of layers"
             )
+        if member not in ((None,) if spec.ensemble is None else range(spec.ensemble)):
+            expected = "None" if spec.ensemble is None else f"in [0, {spec.ensemble}), the ensemble"
+            raise ValueError(f"{name}: member must be {expected}, got {member}")
         columns = from_modules.column_order(_input_widths(spec), INPUTS, _input_order(name, spec, inputs))
-        parts = spec.parts([p.detach() for p in self.parameter_list()])
+        own = [p.detach() if member is None else p.detach()[member] for p in self.parameter_list()]
+        parts = spec.parts(own)
         layers = [*parts.layers]
-        layers[0] = (layers[0][0][..., columns, :], layers[0][1])
+        layers[0] = (layers[0][0][columns], layers[0][1])
         if spec.output_scale != 1:
             layers[-1] = (layers[-1][0] * spec.output_scale, layers[-1][1] * spec.output_scale)
         norm_first = None if spec.norm is None else spec.norm_first
-        like = from_modules.Stack(
-            spec.hidden, spec.activation, norm_first, spec.norm_eps, tuple(layers), tuple(parts.norms)
+        norms = tuple(parts.norms)
+        return from_modules.write_network(
+            from_modules.Stack(spec.hidden, spec.activation, norm_first, spec.norm_eps, tuple(layers), norms)
         )
-        if spec.ensemble is None:
-            return from_modules.write_network(like)
-        return [from_modules.write_network(like.member(e)) for e in range(spec.ensemble)]
 
     def extra_repr(self) -> str:
         return str(self.spec)

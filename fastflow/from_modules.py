@@ -50,11 +50,6 @@ class Stack(NamedTuple):
         """Width of what the last layer gives."""
         return self.layers[-1][0].shape[-1]
 
-    def member(self, e: int) -> Stack:
-        """Member e of an ensemble."""
-        layers, norms = (tuple((w[e], b[e]) for w, b in pairs) for pairs in (self.layers, self.norms))
-        return self._replace(layers=layers, norms=norms)
-
     @property
     def tensors(self) -> list[Tensor]:
         """Weight and bias of every layer, then scale and shift of every LayerNorm."""

@@ -109,6 +109,13 @@ def points(told, dtype=torch.float64, batch=5):
     return x_t, t, torch.randn(batch, told["cond_dim"], dtype=dtype)
 
 
+def written(field, inputs):
+    """The field as its networks: one, or a list if it is an ensemble."""
+    if field.spec.ensemble is None:
+        return field.to_sequential(inputs)
+    return [field.to_sequential(inputs, member=e) for e in range(field.spec.ensemble)]
+
+
 @settings(max_examples=60)
 @given(stacks())
 def test_the_field_is_the_network_and_the_way_back_too(case):
@@ -118,7 +125,7 @@ def test_the_field_is_the_network_and_the_way_back_too(case):
     expected = values(networks, told, x_t, t, cond)
     torch.testing.assert_close(field(x_t, t, cond), expected, rtol=1e-12, atol=1e-12)
     assert all(p.requires_grad and p.is_leaf and p.dtype == torch.float64 for p in field.parameters())
-    back = field.to_sequential(told["inputs"])
+    back = written(field, told["inputs"])
     torch.testing.assert_close(values(back, told, x_t, t, cond), expected, rtol=1e-12, atol=1e-12)
     again = ff.VelocityField.from_sequential(back, **told)
     assert again.spec == field.spec
@@ -131,8 +138,8 @@ def test_a_state_dict_gives_the_same_field(case, prefix):
     networks, told = case
     expected = ff.VelocityField.from_sequential(networks, **told)
     # A LayerNorm without scale or shift is not in a state_dict, or not to be told from an RMSNorm: written out.
-    written = expected.to_sequential(told["inputs"])
-    dicts = [n.state_dict(prefix=prefix) for n in (written if isinstance(networks, list) else [written])]
+    plain = written(expected, told["inputs"])
+    dicts = [n.state_dict(prefix=prefix) for n in (plain if isinstance(plain, list) else [plain])]
     if prefix:
         dicts = [{"critic.0.weight": torch.ones(1), **d} for d in dicts]
     spec = expected.spec
@@ -564,3 +571,13 @@ def test_a_field_of_another_architecture_is_no_sequence():
         ValueError, match=r"to_sequential: architecture must be MLP\(\), .*, got ResidualMLP\(depth=2\)"
     ):
         field.to_sequential()
+
+
+def test_a_member_that_is_not_there_is_named():
+    one = ff.VelocityField.from_sequential(mlp(), **SIZES)
+    two = ff.VelocityField.from_sequential([mlp(), mlp()], **SIZES)
+    with pytest.raises(ValueError, match=r"to_sequential: member must be None, got 0"):
+        one.to_sequential(member=0)
+    for member in (None, 2, -1):
+        with pytest.raises(ValueError, match=rf"member must be in \[0, 2\), the ensemble, got {member}"):
+            two.to_sequential(member=member)
