@@ -17,7 +17,7 @@ AOT := $(TRITONS:%=.triton/%/.complete)
 DMC := .mujoco/$(MUJOCO)/.complete
 endif
 
-.PHONY: help demo test bench bench-compare gpu lint clean
+.PHONY: help demo test bench bench-compare gpu lint clean types docs
 
 help:
 	@echo 'make demo    collect data, train floq and draw its figure, on the CPU or a GPU (within 10 minutes)'
@@ -26,6 +26,8 @@ help:
 	@echo 'make bench-compare BASE=<git ref>   is this tree slower than another commit? (5 minutes; exit code 1 if it is)'
 	@echo 'make gpu     on a machine with CUDA and no network: test and measure the kernels with the torch that is there'
 	@echo 'make lint    check style and types'
+	@echo 'make types   check that a type checker knows the type of everything public'
+	@echo 'make docs    build the documentation into site/'
 	@echo 'make clean   remove what the other targets have made here, results in runs/ and demo/ excepted'
 	@echo 'PYTHON=...   the Python to make .venv with, 3.10 to 3.13 (by default the first of python3, python3.13, ...)'
 
@@ -52,6 +54,13 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+types: $(VENV)/.installed-types
+	@$(BIN)/python -m pytest -q -p no:benchmark tests/test_public.py
+
+docs: $(VENV)/.installed-dev
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'Documentation: site/index.html'
+
 # Nothing is installed but the project itself: the machine has no network, and its torch is the one to be measured.
 gpu:
 	@python=; \
@@ -75,7 +84,7 @@ gpu:
 	"$$python" -m benchmarks.gpu $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) .triton .mujoco build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .triton .mujoco build site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an interrupted installation is taken up again by the next call.
@@ -126,6 +135,9 @@ $(VENV)/.installed-dev: $(VENV)/.created setup.py pyproject.toml constraints.txt
 # What `make bench` compares with; nothing else needs it.
 $(VENV)/.installed-rivals: $(VENV)/.installed-dev
 	$(call install,dev$(comma)rivals)
+
+$(VENV)/.installed-types: $(VENV)/.installed-dev
+	$(call install,dev$(comma)types)
 
 comma := ,
 

@@ -30,6 +30,7 @@ rl = [
 # not in [dev] either: the tests have that MuJoCo in a folder of its own (the Makefile fills it).
 dmc = [f"dm_control>=1.0.20; {by_pip}", "mujoco>=3.17,<4"]
 plot = ["matplotlib>=3.8"]
+docs = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0"]
 dev = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -67,7 +68,10 @@ setup(
         "plot": plot,
         # What the benchmarks compare with, and the figure that they draw.
         "rivals": ["jax>=0.4.30", "torchdiffeq>=0.2.4", *plot],
-        "dev": [*dev, *rl, *plot],
+        "docs": docs,
+        # Apart from [dev], as it brings a Node.js of 60 MB.
+        "types": ["pyright[nodejs]>=1.1.400"],
+        "dev": [*dev, *rl, *plot, *docs],
     },
     entry_points={"console_scripts": ["fastflow = fastflow.cli:main"]},
     classifiers=[

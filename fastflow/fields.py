@@ -11,14 +11,14 @@ import ast
 import functools
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastflow import reference
+from fastflow import from_modules, reference
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "elu", "mish", "tanh")
 NORMS = ("layer", None)
@@ -33,9 +33,11 @@ class Identity:
     """State embedding: x itself, D features."""
 
     def width(self, state_dim: int) -> int:
+        """Number of features of a state of D = `state_dim` dimensions."""
         return state_dim
 
     def features(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., width]."""
         return x
 
 
@@ -50,9 +52,11 @@ class Scaled:
         _check_range(self, self.low, self.high)
 
     def width(self, state_dim: int) -> int:
+        """Number of features of a state of D = `state_dim` dimensions."""
         return state_dim
 
     def features(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., width]."""
         return (x - self.low) / (self.high - self.low)
 
 
@@ -80,11 +84,13 @@ class HLGauss:
             raise ValueError(f"HLGauss: sigma must be a positive number of edge spacings, got {self.sigma}")
 
     def width(self, state_dim: int) -> int:
+        """Number of features of a state of D = `state_dim` dimensions."""
         if state_dim != 1:
             raise ValueError(f"HLGauss embeds a scalar: state_dim must be 1, got {state_dim}")
         return self.bins - 1
 
     def features(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., width]."""
         return reference.hl_gauss(x, self.low, self.high, self.bins, self.sigma)
 
 
@@ -93,9 +99,11 @@ class RawTime:
     """Time embedding: t, one feature (FQL)."""
 
     def width(self) -> int:
+        """Number of features of a time."""
         return 1
 
     def features(self, t: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
         return t.unsqueeze(-1)
 
 
@@ -104,9 +112,11 @@ class Cosine:
     """Time embedding: cos(t), one feature (floq as released)."""
 
     def width(self) -> int:
+        """Number of features of a time."""
         return 1
 
     def features(self, t: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
         return torch.cos(t).unsqueeze(-1)
 
 
@@ -122,9 +132,11 @@ class CosineFourier:
             raise ValueError(f"CosineFourier: dim must be at least 1, got {self.dim}")
 
     def width(self) -> int:
+        """Number of features of a time."""
         return self.dim
 
     def features(self, t: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
         return reference.cosine_fourier(t, self.dim)
 
 
@@ -140,9 +152,11 @@ class PowerFourier:
             raise ValueError(f"PowerFourier: dim must be even and at least 2, got {self.dim}")
 
     def width(self) -> int:
+        """Number of features of a time."""
         return self.dim
 
     def features(self, t: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
         return reference.power_fourier(t, self.dim)
 
 
@@ -171,9 +185,11 @@ class Sinusoidal:
             raise ValueError(f"Sinusoidal: expected max_period > 1 and a finite scale, got {self}")
 
     def width(self) -> int:
+        """Number of features of a time."""
         return self.dim
 
     def features(self, t: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
         return reference.sinusoidal(self.scale * t, self.dim, self.max_period)
 
 
@@ -202,6 +218,7 @@ class MLP:
     """Architecture: hidden layers one behind the other, fed with [cond, state features, time features]."""
 
     def trunk(self, hidden: tuple[int, ...]) -> tuple[Hidden, ...]:
+        """The hidden layers of these widths, each with what it takes and adds."""
         return tuple(Hidden(width, (i - 1,) if i else (), None) for i, width in enumerate(hidden))
 
 
@@ -219,6 +236,7 @@ class ResidualMLP:
             raise ValueError(f"ResidualMLP: depth must be at least 1 layer per block, got {self.depth}")
 
     def trunk(self, hidden: tuple[int, ...]) -> tuple[Hidden, ...]:
+        """The hidden layers of these widths, each with what it takes and adds."""
         if len(set(hidden)) > 1 or (len(hidden) - 1) % self.depth:
             raise ValueError(
                 f"ResidualMLP: hidden must be 1 + n * {self.depth} equal widths, got {hidden} ({len(hidden)} layers)"
@@ -251,6 +269,7 @@ class FiLMUNet:
             raise ValueError(f"FiLMUNet: cond_hidden must hold widths of at least 1, got {self.cond_hidden}")
 
     def trunk(self, hidden: tuple[int, ...]) -> tuple[Hidden, ...]:
+        """The hidden layers of these widths, each with what it takes and adds."""
         n = len(hidden)
         down = [Hidden(width, (i - 1,) if i else (), None) for i, width in enumerate(hidden)]
         up = [Hidden(hidden[i], (2 * n - 2 - i,) + ((i,) if i < n - 1 else ()), None) for i in range(n - 1, -1, -1)]
@@ -484,6 +503,9 @@ _CLASSES = {c.__name__: c for c in (Identity, Scaled, HLGauss, *_TIME_EMBEDDINGS
 class Dense(nn.Module):
     """y = x @ weight + bias, `weight` [in, out] or [E, in, out], `bias` [out] or [E, out]."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(
         self,
         in_features: int,
@@ -511,6 +533,9 @@ class Dense(nn.Module):
 
 class LayerNormAffine(nn.Module):
     """The scale `weight` and shift `bias` of one LayerNorm, [H] or [E, H]."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(
         self,
@@ -543,6 +568,9 @@ class DenseStack(nn.Module):
 
     Parameters are `layers.{i}.weight`, `layers.{i}.bias` and, with LayerNorm, `norms.{i}.weight`, `norms.{i}.bias`.
     """
+
+    layers: nn.ModuleList
+    norms: nn.ModuleList
 
     def __init__(
         self,
@@ -598,6 +626,9 @@ class VelocityField(DenseStack):
     the module.
     """
 
+    spec: FieldSpec
+    key: str
+
     def __init__(
         self, spec: FieldSpec, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -629,5 +660,265 @@ class VelocityField(DenseStack):
             x_t = x_t.expand(self.spec.ensemble, *x_t.shape)
         return reference.velocity(self.spec, self.parameter_list(), x_t, t, cond)
 
+    @classmethod
+    def from_sequential(
+        cls,
+        network: nn.Sequential | nn.ModuleList | Sequence[nn.Sequential | nn.ModuleList],
+        *,
+        state_dim: int,
+        cond_dim: int,
+        inputs: Sequence[str],
+        state_embedding: StateEmbedding = Identity(),
+        time_embedding: TimeEmbedding = RawTime(),
+        time_network: nn.Sequential | nn.ModuleList | Sequence[nn.Sequential | nn.ModuleList] | None = None,
+        output_scale: float = 1.0,
+        prediction: str = "velocity",
+    ) -> VelocityField:
+        """The field that a network made of torch's layers is, with a copy of its weights, in its dtype, on its device.
+
+        What fits: `Linear`, one activation (GELU with tanh or erf, SiLU, ReLU, ELU, Mish, Tanh) and in all hidden
+        layers or none a `LayerNorm`, before the activation or behind it; then a last `Linear`. Identity and dropout in
+        eval mode are left out. A Linear without bias gets a zero one, a LayerNorm without scale and shift one and zero;
+        as all parameters of a field they can be trained.
+
+        Args:
+            network: the layers, nested or not, from the features side by side to the velocity. A list or tuple of
+                networks that differ in their weights alone is an ensemble.
+            state_dim, cond_dim: D and C.
+            inputs: in which order the network takes its features side by side: "state", "time" and "cond" (left out
+                where `cond_dim` is 0), as in `("cond", "state", "time")`.
+            state_embedding, time_embedding: how x_t and t become the features that the network takes.
+            time_network: the layers of a `Sinusoidal` embedding's own MLP; a list with an ensemble. A last Linear
+                without activation is multiplied into the first layer of the field, which gives the same function.
+            output_scale, prediction: as in `FieldSpec`.
+
+        Raises:
+            ValueError: a layer that does not fit, by its name in the network, and why; or sizes that do not.
+            TypeError: a network that is no Sequential, ModuleList or list of them.
+        """
+        name = "VelocityField.from_sequential"
+        networks = list(network) if isinstance(network, (list, tuple)) else [network]
+        timers = list(time_network) if isinstance(time_network, (list, tuple)) else [time_network]
+        timers = [timer for timer in timers if timer is not None]
+        return cls._from_stacks(
+            name,
+            [from_modules.read_network(name, n) for n in networks],
+            [from_modules.read_network(f"{name}: time_network", n, needs_head=False) for n in timers],
+            isinstance(network, (list, tuple)),
+            inputs,
+            state_dim=state_dim,
+            cond_dim=cond_dim,
+            state_embedding=state_embedding,
+            time_embedding=time_embedding,
+            output_scale=output_scale,
+            prediction=prediction,
+        )
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
+        *,
+        state_dim: int,
+        cond_dim: int,
+        inputs: Sequence[str],
+        activation: str,
+        norm_first: bool | None = None,
+        norm_eps: float = 1e-5,
+        prefix: str = "",
+        time_prefix: str | None = None,
+        state_embedding: StateEmbedding = Identity(),
+        time_embedding: TimeEmbedding = RawTime(),
+        output_scale: float = 1.0,
+        prediction: str = "velocity",
+    ) -> VelocityField:
+        """As `from_sequential`, from the weights of a network's `Linear` and `LayerNorm` layers, whatever its class.
+
+        Layers of each kind are taken in the order of their keys. What has no weights leaves no trace in a state_dict:
+        that the network has no LayerNorm without scale, no further activation and no skip is for the caller to know.
+
+        Args:
+            state_dict: "NAME.weight" [out, in] and "NAME.bias" [out] of every Linear, [H] both of every LayerNorm. A
+                list or tuple of state_dicts is an ensemble.
+            state_dim, cond_dim, inputs, state_embedding, time_embedding, output_scale, prediction: see
+                `from_sequential`.
+            activation: as in `FieldSpec`.
+            norm_first: whether the LayerNorms stand before the activation; None where there are none.
+            norm_eps: of the LayerNorms (torch's default).
+            prefix: the network's keys are those that begin with it, as in "actor.net."; others are not looked at.
+            time_prefix: likewise the keys of a `Sinusoidal` embedding's own MLP, the `time_network` of
+                `from_sequential`: with one layer more than the embedding has, the last is one without activation.
+
+        Raises:
+            ValueError: an entry that does not fit, by name, and why; or sizes that do not.
+            TypeError: a state_dict that does not map names to tensors.
+        """
+        name = "VelocityField.from_state_dict"
+        dicts = list(state_dict) if isinstance(state_dict, (list, tuple)) else [state_dict]
+        norm = (norm_first, norm_eps)
+        stacks = [from_modules.read_state_dict(name, d, activation, *norm, prefix) for d in dicts]
+        timers = []
+        if time_prefix is not None:
+            num_hidden = len(getattr(time_embedding, "hidden", ()))
+            timers = [
+                from_modules.read_state_dict(
+                    f"{name}: time_prefix", d, activation, None, norm_eps, time_prefix, num_hidden
+                )
+                for d in dicts
+            ]
+        return cls._from_stacks(
+            name,
+            stacks,
+            timers,
+            isinstance(state_dict, (list, tuple)),
+            inputs,
+            state_dim=state_dim,
+            cond_dim=cond_dim,
+            state_embedding=state_embedding,
+            time_embedding=time_embedding,
+            output_scale=output_scale,
+            prediction=prediction,
+        )
+
+    @classmethod
+    def _from_stacks(
+        cls,
+        name: str,
+        stacks: Sequence[from_modules.Stack],
+        timers: Sequence[from_modules.Stack],
+        ensemble: bool,
+        inputs: Sequence[str],
+        **described: Any,
+    ) -> VelocityField:
+        """The field of stacks of layers; `described` is what `FieldSpec` is told besides."""
+        if not stacks:
+            raise ValueError(f"{name}: an ensemble must have at least one network, got none")
+        stack = from_modules.side_by_side(name, stacks) if ensemble else stacks[0]
+        spec = FieldSpec(
+            hidden=stack.hidden,
+            ensemble=len(stacks) if ensemble else None,
+            activation=stack.activation,
+            norm="layer" if stack.norms else None,
+            norm_first=bool(stack.norm_first),
+            norm_eps=stack.norm_eps if stack.norms else FieldSpec.norm_eps,
+            **described,
+        )
+        timer = _time_stack(name, spec, stack, timers)
+        order = _input_order(name, spec, inputs)
+        widths = _input_widths(spec)
+        if timer is not None and timer.has_head:
+            widths["time"] = timer.outputs
+        if stack.inputs != sum(widths.values()):
+            parts = " + ".join(f"{part} {widths[part]}" for part in order)
+            raise ValueError(
+                f"{name}: the first Linear must take {parts} = {sum(widths.values())} features, got {stack.inputs}"
+            )
+        if stack.outputs != spec.state_dim:
+            raise ValueError(
+                f"{name}: the last Linear must give state_dim = {spec.state_dim} outputs, got {stack.outputs}"
+            )
+        (weight, bias), *rest = stack.layers
+        weight = weight[..., from_modules.column_order(widths, order, INPUTS), :]
+        time = () if timer is None else timer.layers[: len(timer.hidden)]
+        if timer is not None and timer.has_head:
+            others, own = weight.split([stack.inputs - timer.outputs, timer.outputs], dim=-2)
+            own, bias = from_modules.behind(timer.layers[-1], (own, bias))
+            weight = torch.cat([others, own], dim=-2)
+        layers = ((weight, bias), *rest)
+        field = cls(spec, "meta", weight.dtype).to_empty(device=weight.device)
+        with torch.no_grad():
+            given = [tensor for pair in (*layers, *stack.norms, *time) for tensor in pair]
+            for mine, theirs in zip(field.parameter_list(), given, strict=True):
+                mine.copy_(theirs)
+        return field
+
+    def to_sequential(
+        self, inputs: Sequence[str] = ("cond", "state", "time"), *, member: int | None = None
+    ) -> nn.Sequential:
+        """The network as torch's layers with a copy of the weights: the way back of `from_sequential`.
+
+        Args:
+            inputs: in which order it takes the features of state, time and cond side by side.
+            member: which network of an ensemble; None without one.
+
+        Returns:
+            The layers from features to the head's output times `output_scale`.
+
+        Raises:
+            ValueError: an architecture other than `MLP`, a time embedding with an MLP of its own, no such member.
+        """
+        name = "VelocityField.to_sequential"
+        spec = self.spec
+        if not isinstance(spec.architecture, MLP):
+            raise ValueError(
+                f"{name}: architecture must be MLP(), which is one stack of layers, got {spec.architecture}"
+            )
+        if spec.time_sizes:
+            raise ValueError(
+                f"{name}: the MLP that {spec.time_embedding} has of its own is no part of one stack of layers"
+            )
+        if member not in ((None,) if spec.ensemble is None else range(spec.ensemble)):
+            expected = "None" if spec.ensemble is None else f"in [0, {spec.ensemble}), the ensemble"
+            raise ValueError(f"{name}: member must be {expected}, got {member}")
+        columns = from_modules.column_order(_input_widths(spec), INPUTS, _input_order(name, spec, inputs))
+        own = [p.detach() if member is None else p.detach()[member] for p in self.parameter_list()]
+        parts = spec.parts(own)
+        layers = [*parts.layers]
+        layers[0] = (layers[0][0][columns], layers[0][1])
+        if spec.output_scale != 1:
+            layers[-1] = (layers[-1][0] * spec.output_scale, layers[-1][1] * spec.output_scale)
+        norm_first = None if spec.norm is None else spec.norm_first
+        norms = tuple(parts.norms)
+        return from_modules.write_network(
+            from_modules.Stack(spec.hidden, spec.activation, norm_first, spec.norm_eps, tuple(layers), norms)
+        )
+
     def extra_repr(self) -> str:
         return str(self.spec)
+
+
+INPUTS = ("cond", "state", "time")
+"""The order in which a field's first layer takes its features."""
+
+
+def _input_widths(spec: FieldSpec) -> dict[str, int]:
+    return {"cond": spec.cond_dim, "state": spec.state_features, "time": spec.time_features}
+
+
+def _input_order(name: str, spec: FieldSpec, inputs: Sequence[str]) -> list[str]:
+    """The three kinds of features in the order given."""
+    order = [inputs] if isinstance(inputs, str) else list(inputs)
+    if not spec.cond_dim and "cond" not in order:
+        order.append("cond")
+    if sorted(order) != sorted(INPUTS):
+        raise ValueError(f"{name}: inputs must name 'state', 'time' and 'cond' in the network's order, got {inputs!r}")
+    return order
+
+
+def _time_stack(
+    name: str, spec: FieldSpec, stack: from_modules.Stack, timers: Sequence[from_modules.Stack]
+) -> from_modules.Stack | None:
+    """The network of time's own, of all members."""
+    if not spec.time_sizes:
+        if timers:
+            raise ValueError(f"{name}: a network of time's own fits Sinusoidal with hidden, got {spec.time_embedding}")
+        return None
+    members = spec.ensemble or 1
+    if len(timers) != members:
+        raise ValueError(
+            f"{name}: {spec.time_embedding} has an MLP of its own, {members} with this network; got {len(timers)} "
+            "(time_network, or time_prefix)"
+        )
+    time = from_modules.side_by_side(name, timers) if spec.ensemble is not None else timers[0]
+    sizes = tuple((weight.shape[-2], weight.shape[-1]) for weight, _ in time.layers[: len(time.hidden)])
+    if sizes != spec.time_sizes:
+        raise ValueError(
+            f"{name}: the network of time must have (in, out) {list(spec.time_sizes)} in layers with an activation, "
+            f"got {list(sizes)}"
+        )
+    if time.norms or time.activation != stack.activation:
+        found = time.activation + (" and LayerNorm" if time.norms else "")
+        raise ValueError(
+            f"{name}: the network of time must have the field's activation {stack.activation}, got {found}"
+        )
+    return time

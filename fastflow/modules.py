@@ -50,6 +50,17 @@ class FlowCritic(nn.Module):
         device, dtype: as for every module.
     """
 
+    field: VelocityField
+    obs_dim: int
+    action_dim: int
+    value_range: tuple[float, float]
+    noise_range: tuple[float, float]
+    num_steps: int
+    num_samples: int
+    method: str
+    backend: str | None
+    precision: str | None
+
     def __init__(
         self,
         obs_dim: int,
@@ -98,7 +109,8 @@ class FlowCritic(nn.Module):
         self.field = VelocityField(spec, device, dtype)
         self.obs_dim, self.action_dim = obs_dim, action_dim
         self.value_range = (float(low), float(high))
-        self.noise_range = tuple(map(float, noise_range or value_range))
+        start, stop = noise_range or value_range
+        self.noise_range = (float(start), float(stop))
         if self.noise_range[0] > self.noise_range[1]:
             raise ValueError(f"FlowCritic: noise_range must be (low, high), got {self.noise_range}")
         self.num_steps, self.num_samples, self.method = num_steps, num_samples, method
@@ -119,6 +131,54 @@ class FlowCritic(nn.Module):
         """A critic whose ranges follow from the rewards as in floq (see `value_ranges`)."""
         value_range, noise_range = value_ranges(reward_range, discount, noise_coverage, reward_offset)
         return cls(obs_dim, action_dim, value_range=value_range, noise_range=noise_range, **options)
+
+    @classmethod
+    def from_field(
+        cls,
+        field: VelocityField,
+        action_dim: int,
+        *,
+        value_range: tuple[float, float],
+        noise_range: tuple[float, float] | None = None,
+        num_steps: int = 8,
+        num_samples: int = 1,
+        method: str = "euler",
+        backend: str | None = None,
+        precision: str | None = None,
+    ) -> FlowCritic:
+        """A critic that walks through a field which is there already (`VelocityField.from_sequential`), not a copy.
+
+        Args:
+            field: of one state dimension, conditioned on [obs, action] side by side.
+            action_dim: A; O is the rest of the field's `cond_dim`.
+            value_range, noise_range, num_steps, num_samples, method, backend, precision: as for `FlowCritic`.
+
+        Raises:
+            ValueError: a field of more dimensions, or conditioned on fewer than A.
+        """
+        spec = field.spec
+        if spec.state_dim != 1:
+            raise ValueError(f"FlowCritic.from_field: field must have state_dim 1, got {spec.state_dim}")
+        if not 0 <= action_dim <= spec.cond_dim:
+            raise ValueError(
+                f"FlowCritic.from_field: action_dim must be in [0, {spec.cond_dim}], the field's cond_dim, "
+                f"got {action_dim}"
+            )
+        critic = cls(
+            spec.cond_dim - action_dim,
+            action_dim,
+            value_range=value_range,
+            noise_range=noise_range,
+            hidden=(1,),
+            num_steps=num_steps,
+            num_samples=num_samples,
+            method=method,
+            backend=backend,
+            precision=precision,
+            device="meta",
+        )
+        critic.field = field
+        return critic
 
     def forward(
         self,
@@ -235,6 +295,15 @@ class FlowPolicy(nn.Module):
         method, backend, precision: see `fastflow.integrate`.
     """
 
+    field: VelocityField
+    obs_dim: int
+    action_dim: int
+    num_steps: int
+    clip: float | None
+    method: str
+    backend: str | None
+    precision: str | None
+
     def __init__(
         self,
         obs_dim: int,
@@ -273,6 +342,43 @@ class FlowPolicy(nn.Module):
         self.obs_dim, self.action_dim = obs_dim, action_dim
         self.num_steps, self.clip, self.method = num_steps, clip, method
         self.backend, self.precision = backend, precision
+
+    @classmethod
+    def from_field(
+        cls,
+        field: VelocityField,
+        *,
+        num_steps: int = 10,
+        clip: float | None = 1.0,
+        method: str = "euler",
+        backend: str | None = None,
+        precision: str | None = None,
+    ) -> FlowPolicy:
+        """A policy that walks through a field which is there already (`VelocityField.from_sequential`), not a copy.
+
+        Args:
+            field: its states are actions, its cond observations.
+            num_steps, clip, method, backend, precision: as for `FlowPolicy`.
+
+        Raises:
+            ValueError: a field with an ensemble.
+        """
+        spec = field.spec
+        if spec.ensemble is not None:
+            raise ValueError(f"FlowPolicy.from_field: field must have ensemble None, got {spec.ensemble}")
+        policy = cls(
+            spec.cond_dim,
+            spec.state_dim,
+            hidden=(1,),
+            num_steps=num_steps,
+            clip=clip,
+            method=method,
+            backend=backend,
+            precision=precision,
+            device="meta",
+        )
+        policy.field = field
+        return policy
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights anew from `generator` (torch's global one by default)."""
@@ -360,6 +466,11 @@ class FlowPolicy(nn.Module):
 class FrozenFlowPolicy:
     """A `FlowPolicy` as it was: actions without gradient. Made by `FlowPolicy.freeze`."""
 
+    obs_dim: int
+    action_dim: int
+    clip: float | None
+    walk: FrozenWalk
+
     def __init__(self, policy: FlowPolicy, num_steps: int | None = None) -> None:
         self.obs_dim, self.action_dim, self.clip = policy.obs_dim, policy.action_dim, policy.clip
         self.walk = FrozenWalk(policy.field, **_options_of(policy, num_steps))
@@ -382,6 +493,10 @@ class FrozenFlowPolicy:
 
 class FrozenFlowCritic:
     """A `FlowCritic` as it was: values without gradient. Made by `FlowCritic.freeze`."""
+
+    obs_dim: int
+    action_dim: int
+    walk: FrozenWalk
 
     def __init__(self, critic: FlowCritic, num_steps: int | None = None) -> None:
         # The critic's own rules for inputs, on a copy that shares no weight with it.
@@ -418,6 +533,11 @@ class _Plain(nn.Module):
     backend: str | None
     precision: str | None
 
+    def __init__(self, activation: str, norm: str | None, backend: str | None, precision: str | None) -> None:
+        super().__init__()
+        self.activation, self.norm = activation, norm
+        self.backend, self.precision = backend, precision
+
     def _dense(self, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         native = (ops.DEFAULT_BACKEND if self.backend is None else self.backend) != "reference"
         return dense_stack(x, parameters, self.activation, self.norm, precision=self.precision, native=native)
@@ -434,6 +554,11 @@ class OneStepPolicy(_Plain):
         precision: "bf16" rounds the operands of matrix products; None follows torch's settings.
     """
 
+    network: DenseStack
+    obs_dim: int
+    action_dim: int
+    clip: float | None
+
     def __init__(
         self,
         obs_dim: int,
@@ -448,12 +573,10 @@ class OneStepPolicy(_Plain):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(activation, norm, backend, precision)
         widths = (obs_dim + action_dim, *hidden, action_dim)
         self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), None, norm, device, dtype)
-        self.obs_dim, self.action_dim = obs_dim, action_dim
-        self.activation, self.norm, self.clip = activation, norm, clip
-        self.backend, self.precision = backend, precision
+        self.obs_dim, self.action_dim, self.clip = obs_dim, action_dim, clip
 
     def forward(
         self,
@@ -484,6 +607,11 @@ class ValueNetwork(_Plain):
         precision: "bf16" rounds the operands of matrix products; None follows torch's settings.
     """
 
+    network: DenseStack
+    obs_dim: int
+    action_dim: int
+    ensemble: int | None
+
     def __init__(
         self,
         obs_dim: int,
@@ -498,12 +626,10 @@ class ValueNetwork(_Plain):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(activation, norm, backend, precision)
         widths = (obs_dim + action_dim, *hidden, 1)
         self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), ensemble, norm, device, dtype)
         self.obs_dim, self.action_dim, self.ensemble = obs_dim, action_dim, ensemble
-        self.activation, self.norm = activation, norm
-        self.backend, self.precision = backend, precision
 
     def forward(self, obs: Tensor, action: Tensor | None = None, *, frozen: bool = False) -> Tensor:
         """[..., 1], or [E, ..., 1] with an ensemble; with `frozen` gradients reach obs and action but no parameter."""

@@ -56,6 +56,7 @@ def integrate(
     """Walk x_0 through `num_steps` steps of the velocity field from t_0 to t_1, as one operation.
 
     With h = (t_1 - t_0) / K and t_k = t_0 + k h, one of
+
         "euler":     x_{k+1} = x_k + h v(x_k, t_k, cond)
         "midpoint":  x_{k+1} = x_k + h v(x_k + h/2 v(x_k, t_k), t_k + h/2)
         "heun":      x_{k+1} = x_k + h/2 (v_1 + v_2), v_1 = v(x_k, t_k), v_2 = v(x_k + h v_1, t_{k+1})

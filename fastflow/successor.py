@@ -48,6 +48,17 @@ class SuccessorFlow(nn.Module):
             `FieldSpec` refuses.
     """
 
+    field: VelocityField
+    state_dim: int
+    action_dim: int
+    policy_dim: int
+    gamma: float
+    gamma_range: tuple[float, float] | None
+    cond_scale: float
+    num_steps: int
+    method: str
+    backend: str | None
+    precision: str | None
     state_mean: Tensor
     state_std: Tensor
     policy_mean: Tensor

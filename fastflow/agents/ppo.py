@@ -122,12 +122,11 @@ class GaussianPolicy(_Plain):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(activation, None, backend, precision)
         widths = (obs_dim, *hidden, action_dim)
         self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), None, None, device, dtype)
         self.log_std = nn.Parameter(torch.empty(action_dim, device=device, dtype=dtype), requires_grad=learned)
-        self.activation, self.init_std, self.head_scale = activation, init_std, head_scale
-        self.norm, self.backend, self.precision = None, backend, precision
+        self.init_std, self.head_scale = init_std, head_scale
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draws all weights anew."""
