@@ -31,6 +31,8 @@ rl = [
 dmc = [f"dm_control>=1.0.20; {by_pip}", "mujoco>=3.17,<4"]
 plot = ["matplotlib>=3.8"]
 docs = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0"]
+# Its losses' hooks that fastflow.torchrl uses are those of 0.14.
+torchrl = ["torchrl>=0.14.1"]
 dev = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -66,12 +68,13 @@ setup(
         "rl": rl,
         "dmc": dmc,
         "plot": plot,
+        "torchrl": torchrl,
         # What the benchmarks compare with, and the figure that they draw.
         "rivals": ["jax>=0.4.30", "torchdiffeq>=0.2.4", *plot],
         "docs": docs,
         # Apart from [dev], as it brings a Node.js of 60 MB.
         "types": ["pyright[nodejs]>=1.1.400"],
-        "dev": [*dev, *rl, *plot, *docs],
+        "dev": [*dev, *rl, *plot, *docs, *torchrl],
     },
     entry_points={"console_scripts": ["fastflow = fastflow.cli:main"]},
     classifiers=[
