@@ -1,0 +1,189 @@
+"""SAC (arXiv:1812.05905) in one file: sac.py with a plain critic, sac_flow.py the same with a flow critic.
+
+Letters in comments: N environments, B batch, O observation, A action.
+"""
+
+import copy
+import dataclasses
+import time
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "Pendulum-v1"
+    seed: int = 0
+    device: str = "cpu"
+    num_envs: int = 1
+    total_steps: int = 10_000
+    """Steps of all environments together; one update per step from `learning_starts` on."""
+    learning_starts: int = 1_000
+    buffer_size: int = 100_000
+    batch_size: int = 128
+    gamma: float = 0.99
+    tau: float = 0.005
+    critic_lr: float = 1e-3
+    actor_lr: float = 3e-4
+    alpha_lr: float = 3e-4
+    hidden: tuple[int, ...] = (128, 128)
+    eval_episodes: int = 20
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers = []
+    for i, o in zip(widths[:-1], widths[1:]):
+        layers += [nn.Linear(i, o), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Critic(nn.Module):
+    """Q(obs, action) of two networks: [2, B, 1]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: tuple[int, ...]):
+        super().__init__()
+        self.networks = nn.ModuleList(mlp(obs_dim + action_dim, *hidden, 1) for _ in range(2))
+
+    def forward(self, obs, action):
+        x = torch.cat([obs, action], dim=-1)
+        return torch.stack([network(x) for network in self.networks])
+
+
+class Actor(nn.Module):
+    """tanh of a Gaussian, scaled to the action space."""
+
+    def __init__(self, obs_dim: int, space: gym.spaces.Box, hidden: tuple[int, ...]):
+        super().__init__()
+        self.network = mlp(obs_dim, *hidden, 2 * space.shape[0])
+        self.register_buffer("scale", torch.as_tensor((space.high - space.low) / 2))
+        self.register_buffer("shift", torch.as_tensor((space.high + space.low) / 2))
+
+    def forward(self, obs):
+        """Action [B, A], its log-probability [B, 1] and the mode [B, A]."""
+        mean, log_std = self.network(obs).chunk(2, dim=-1)
+        normal = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp())
+        u = normal.rsample()
+        # log(1 - tanh(u)^2) without cancellation.
+        log_slope = 2 * (np.log(2) - u - F.softplus(-2 * u)) + self.scale.log()
+        log_prob = (normal.log_prob(u) - log_slope).sum(-1, keepdim=True)
+        return u.tanh() * self.scale + self.shift, log_prob, mean.tanh() * self.scale + self.shift
+
+
+class Buffer:
+    def __init__(self, size: int, obs_dim: int, action_dim: int, device: str):
+        shapes = dict(obs=obs_dim, action=action_dim, next_obs=obs_dim, reward=1, terminated=1)
+        self.tensors = {name: torch.zeros(size, width, device=device) for name, width in shapes.items()}
+        self.size, self.count = size, 0
+
+    def add(self, **rows):
+        n = len(rows["obs"])
+        index = torch.arange(self.count, self.count + n) % self.size
+        for name, tensor in self.tensors.items():
+            tensor[index] = torch.as_tensor(rows[name], dtype=torch.float32, device=tensor.device).reshape(n, -1)
+        self.count += n
+
+    def sample(self, batch_size: int):
+        index = torch.randint(min(self.count, self.size), (batch_size,))
+        return [tensor[index] for tensor in self.tensors.values()]
+
+
+def make_envs(args: Args, num_envs: int):
+    # The observation that ends an episode comes in infos["final_obs"], and `next_obs` is already the new episode's.
+    mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    return gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", vector_kwargs=mode)
+
+
+def evaluate(args: Args, actor: Actor) -> float:
+    """Mean return of the mode's first `eval_episodes` episodes, one per environment."""
+    envs = make_envs(args, args.eval_episodes)
+    obs, _ = envs.reset(seed=args.seed + 1_000_000)
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+    while running.any():
+        with torch.no_grad():
+            action = actor(torch.as_tensor(obs, dtype=torch.float32, device=args.device))[2].cpu().numpy()
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += reward * running
+        running &= ~(terminated | truncated)
+    envs.close()
+    return float(returns.mean())
+
+
+def main(args: Args) -> float:
+    # Networks this small gain nothing from more threads.
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    envs = make_envs(args, args.num_envs)
+    envs.action_space.seed(args.seed)
+    obs_dim, action_dim = dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+
+    actor = Actor(obs_dim, envs.single_action_space, args.hidden).to(device)
+    critic = Critic(*dims, args.hidden).to(device)
+    target_critic = copy.deepcopy(critic)
+    log_alpha = torch.zeros(1, device=device, requires_grad=True)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), args.critic_lr, fused=True)
+    alpha_optimizer = torch.optim.Adam([log_alpha], args.alpha_lr, fused=True)
+    buffer = Buffer(args.buffer_size, *dims, args.device)
+
+    began, finished = time.perf_counter(), []
+    obs, _ = envs.reset(seed=args.seed)
+    episode_return = np.zeros(args.num_envs)
+    for step in range(0, args.total_steps, args.num_envs):
+        if step < args.learning_starts:
+            action = envs.action_space.sample()
+        else:
+            with torch.no_grad():
+                action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))[0].cpu().numpy()
+        next_obs, reward, terminated, truncated, infos = envs.step(action)
+        ended = terminated | truncated
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(ended):
+            last_obs[i] = infos["final_obs"][i]
+        # An episode that was cut off goes on as far as values are concerned: only `terminated` stops the bootstrap.
+        buffer.add(obs=obs, action=action, next_obs=last_obs, reward=reward, terminated=terminated)
+        obs = next_obs
+        episode_return += reward
+        finished += list(episode_return[ended])
+        if ended.any():
+            print(f"step {step + args.num_envs} return {finished[-1]:.1f} {time.perf_counter() - began:.0f} s")
+        episode_return[ended] = 0
+
+        for _ in range(args.num_envs if step >= args.learning_starts else 0):
+            b_obs, b_action, b_next_obs, b_reward, b_terminated = buffer.sample(args.batch_size)
+            alpha = log_alpha.exp().detach()
+            with torch.no_grad():
+                next_action, next_log_prob, _ = actor(b_next_obs)
+                next_q = target_critic(b_next_obs, next_action).amin(0) - alpha * next_log_prob
+                target = b_reward + args.gamma * (1 - b_terminated) * next_q
+            critic_loss = (critic(b_obs, b_action) - target).square().mean()
+            critic_optimizer.zero_grad()
+            critic_loss.backward()
+            critic_optimizer.step()
+
+            new_action, log_prob, _ = actor(b_obs)
+            actor_loss = (alpha * log_prob - critic(b_obs, new_action).amin(0)).mean()
+            actor_optimizer.zero_grad()
+            actor_loss.backward()
+            actor_optimizer.step()
+
+            alpha_loss = -(log_alpha.exp() * (log_prob.detach() - action_dim)).mean()
+            alpha_optimizer.zero_grad()
+            alpha_loss.backward()
+            alpha_optimizer.step()
+
+            for p, target_p in zip(critic.parameters(), target_critic.parameters()):
+                target_p.data.copy_(args.tau * p.data + (1 - args.tau) * target_p.data)
+    envs.close()
+    result = evaluate(args, actor)
+    print(f"evaluation return {result:.1f} after {args.total_steps} steps, {time.perf_counter() - began:.0f} s")
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
