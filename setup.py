@@ -30,6 +30,8 @@ rl = [
 # not in [dev] either: the tests have that MuJoCo in a folder of its own (the Makefile fills it).
 dmc = [f"dm_control>=1.0.20; {by_pip}", "mujoco>=3.17,<4"]
 plot = ["matplotlib>=3.8"]
+# The client of the Hugging Face Kernel Hub, which loads what `python -m fastflow.hub` writes.
+hub = ["kernels>=0.17"]
 dev = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -65,9 +67,10 @@ setup(
         "rl": rl,
         "dmc": dmc,
         "plot": plot,
+        "hub": hub,
         # What the benchmarks compare with, and the figure that they draw.
         "rivals": ["jax>=0.4.30", "torchdiffeq>=0.2.4", *plot],
-        "dev": [*dev, *rl, *plot],
+        "dev": [*dev, *rl, *plot, *hub],
     },
     entry_points={"console_scripts": ["fastflow = fastflow.cli:main"]},
     classifiers=[
