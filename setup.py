@@ -33,6 +33,8 @@ plot = ["matplotlib>=3.8"]
 docs = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0"]
 # Its losses' hooks that fastflow.torchrl uses are those of 0.14.
 torchrl = ["torchrl>=0.14.1"]
+# The client of the Hugging Face Kernel Hub, which loads what `python -m fastflow.hub` writes.
+hub = ["kernels>=0.17"]
 dev = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -69,12 +71,13 @@ setup(
         "dmc": dmc,
         "plot": plot,
         "torchrl": torchrl,
+        "hub": hub,
         # What the benchmarks compare with, and the figure that they draw.
         "rivals": ["jax>=0.4.30", "torchdiffeq>=0.2.4", *plot],
         "docs": docs,
         # Apart from [dev], as it brings a Node.js of 60 MB.
         "types": ["pyright[nodejs]>=1.1.400"],
-        "dev": [*dev, *rl, *plot, *docs, *torchrl],
+        "dev": [*dev, *rl, *plot, *docs, *torchrl, *hub],
     },
     entry_points={"console_scripts": ["fastflow = fastflow.cli:main"]},
     classifiers=[

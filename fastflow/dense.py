@@ -108,7 +108,7 @@ def _members(parameters: Sequence[Tensor]) -> int:
 
 
 @torch.library.custom_op(
-    "fastflow::dense_stack",
+    f"{operators.NAMESPACE}::dense_stack",
     mutates_args=(),
     schema="(Tensor x, Tensor[] parameters, str activation, bool norm, float eps, str precision, bool keep) -> "
     "(Tensor y, Tensor kept)",
@@ -133,7 +133,7 @@ def _(
 
 
 @torch.library.custom_op(
-    "fastflow::dense_stack_bwd",
+    f"{operators.NAMESPACE}::dense_stack_bwd",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor[] parameters, Tensor kept, str activation, bool norm, float eps, "
     "str precision, bool[] needs) -> Tensor[]",

@@ -57,7 +57,10 @@ class FrozenWalk:
             self._native = cpu.freeze(call.spec, call.parameters, call.precision, *(self._options[n] for n in names))
 
     def __call__(self, x_0: Tensor, cond: Tensor | None = None, *, step_noise: Tensor | None = None) -> Tensor:
-        """x_K, without gradient; arguments, result and errors as for `fastflow.integrate`."""
+        """x_K, without gradient; arguments, result and errors as for `fastflow.integrate`; RuntimeError inside
+        `torch.jit.trace`, which would not see the walk."""
+        if torch._C._is_tracing():
+            raise RuntimeError("FrozenWalk: a frozen copy cannot be traced; trace the module that it was made from")
         # What a control loop asks for needs no look at every option.
         if self._native is not None and step_noise is None and not self._has_members and self._simple(x_0, cond):
             return self._native(x_0, cond, None, x_0.shape[0], 1)

@@ -7,6 +7,7 @@ Each reads its parameters anew at every call, so `state_dict`, `deepcopy`, `.to`
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -727,7 +728,8 @@ def _rows(
         if action.shape != (*lead, width):
             raise ValueError(f"{name}: action must be {[*lead, width]}, got {list(action.shape)}")
         obs = torch.cat([obs, action], dim=-1)
-    return obs.reshape(lead.numel(), obs.shape[-1]), lead
+    # Not lead.numel(): torch.export would fix a batch that is to stay free.
+    return obs.reshape(math.prod(lead), obs.shape[-1]), lead
 
 
 def _normal(

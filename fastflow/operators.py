@@ -23,6 +23,9 @@ from fastflow.fields import FieldSpec
 from fastflow.kernels import launch  # needs no triton
 from fastflow.philox import PhiloxNoise
 
+# The package's name. The Hub loads its copy of these files (`fastflow.hub`) under another, so both have operators.
+NAMESPACE = __name__.partition(".")[0]
+
 # Reference implementations on canonical tensors ---------------------------------------------------------------------
 
 
@@ -152,7 +155,7 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager[None]:
 @functools.cache
 def _kernels(runner: str) -> ModuleType:
     """What runs an operator. Both modules hold the same functions."""
-    return importlib.import_module("fastflow.fused" if runner == "triton" else "fastflow.cpu")
+    return importlib.import_module(f"{NAMESPACE}.{'fused' if runner == 'triton' else 'cpu'}")
 
 
 def _concrete(precision: str) -> str:
@@ -336,7 +339,7 @@ class Operator:
         backward: Callable[..., Any],
         vmap: Callable[..., tuple[Any, Any]] | None = None,
     ) -> None:
-        self.op: Any = getattr(torch.ops.fastflow, op._name)
+        self.op: Any = getattr(getattr(torch.ops, NAMESPACE), op._name)
         self.body: Any = op._init_fn
         op.register_autograd(backward, setup_context=setup_context)
         if vmap is not None:
@@ -395,7 +398,8 @@ class Operator:
 
 def _look(arguments: Sequence[Any]) -> tuple[bool, bool]:
     """(whether nobody watches operators and all tensors are ordinary ones, whether one requires a gradient)."""
-    plain = not torch._C._len_torch_dispatch_stack() and torch.autograd.forward_ad._current_level < 0
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
+    plain = not watched and torch.autograd.forward_ad._current_level < 0
     differentiated = False
     for argument in arguments:
         for x in argument if isinstance(argument, list) else (argument,):
@@ -417,7 +421,7 @@ def needs_of(ctx: Any) -> Any:
 
 
 @torch.library.custom_op(
-    "fastflow::integrate",
+    f"{NAMESPACE}::integrate",
     mutates_args=(),
     schema="(Tensor x_0, Tensor cond, Tensor[] parameters, Tensor? t_0, Tensor? t_1, Tensor? step_noise, str key, "
     "SymInt num_steps, float start, float end, str method, str precision, str runner, bool keep, bool store) -> "
@@ -487,7 +491,7 @@ def _(
 
 
 @torch.library.custom_op(
-    "fastflow::integrate_bwd",
+    f"{NAMESPACE}::integrate_bwd",
     mutates_args=(),
     schema="(Tensor? grad, Tensor? grad_path, Tensor x_0, Tensor cond, Tensor[] parameters, Tensor? t_0, Tensor? t_1, "
     "Tensor? step_noise, Tensor[] saved, str key, SymInt num_steps, float start, float end, str method, "
@@ -678,7 +682,7 @@ _integrate_backward = Operator(_integrate_bwd, save_nothing, _refuse_double_back
 
 
 @torch.library.custom_op(
-    "fastflow::matching_loss",
+    f"{NAMESPACE}::matching_loss",
     mutates_args=(),
     schema="(Tensor a, Tensor b, Tensor t, Tensor cond, Tensor[] parameters, Tensor? seed, Tensor? ids, str key, "
     "str precision, bool interpolate, float sigma_min, str runner, bool save, bool invariant) -> "
@@ -742,7 +746,7 @@ def _(
 
 
 @torch.library.custom_op(
-    "fastflow::matching_loss_bwd",
+    f"{NAMESPACE}::matching_loss_bwd",
     mutates_args=(),
     schema="(Tensor grad, Tensor a, Tensor b, Tensor t, Tensor cond, Tensor[] parameters, Tensor? seed, Tensor? ids, "
     "Tensor[] saved, str key, str precision, bool interpolate, float sigma_min, str runner, bool[] needs) -> Tensor[]",
