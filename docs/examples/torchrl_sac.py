@@ -12,6 +12,7 @@ policy's mean action, from start states that no training episode had.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 
@@ -165,6 +166,8 @@ def main() -> None:
     parser.add_argument("--critic", choices=["value", "flow-matching"], default="value", help="how the critic learns")
     parser.add_argument("--mode", choices=["eager", "compile", "cudagraph"], default="eager", help="how updates run")
     options = parser.parse_args()
+    if importlib.util.find_spec("gymnasium") is None:
+        parser.error('Pendulum needs gymnasium: pip install "fastflow[rl,torchrl]"')
     if options.mode == "cudagraph" and not torch.cuda.is_available():
         parser.error("--mode cudagraph needs a CUDA GPU, and torch sees none; use eager or compile")
     for line in train(options, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
