@@ -3,15 +3,17 @@
     python docs/examples/torchrl_sac.py --critic value            # SACLoss as it is: squared errors through the walk
     python docs/examples/torchrl_sac.py --critic flow-matching    # floq's loss for the critic, SACLoss's for the actor
 
-RESULTS
+With the defaults (6,000 steps, seed 0, eager, one CPU core) the mean return of ten evaluation episodes is -127 for
+`value` and -126 for `flow-matching`, -139 and -202 after 3,000 steps. Either takes two and a half minutes of CPU time
+(15:40 and 13:42 minutes went by, as the machine had other work). This is one seed.
 
-Needs `pip install "fastflow[rl,torchrl]"`. Of the last line of output, `return` is the mean over ten episodes of the
-policy's mean action, from start states that no training episode had.
+Needs `pip install "fastflow[rl,torchrl]"`. `return` is that of the policy's mean action.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 
@@ -165,6 +167,8 @@ def main() -> None:
     parser.add_argument("--critic", choices=["value", "flow-matching"], default="value", help="how the critic learns")
     parser.add_argument("--mode", choices=["eager", "compile", "cudagraph"], default="eager", help="how updates run")
     options = parser.parse_args()
+    if importlib.util.find_spec("gymnasium") is None:
+        parser.error('Pendulum needs gymnasium: pip install "fastflow[rl,torchrl]"')
     if options.mode == "cudagraph" and not torch.cuda.is_available():
         parser.error("--mode cudagraph needs a CUDA GPU, and torch sees none; use eager or compile")
     for line in train(options, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
