@@ -28,7 +28,7 @@ class Args:
     gamma: float = 0.99
     tau: float = 0.005
     critic_lr: float = 1e-3
-    actor_lr: float = 3e-4
+    actor_lr: float = 1e-3
     policy_frequency: int = 2
     """Updates of the critic per update of the actor and the targets."""
     exploration_noise: float = 0.1

@@ -30,7 +30,7 @@ class Args:
     gamma: float = 0.99
     tau: float = 0.005
     critic_lr: float = 1e-3
-    actor_lr: float = 3e-4
+    actor_lr: float = 1e-3
     policy_frequency: int = 2
     """Updates of the critic per update of the actor and the targets."""
     exploration_noise: float = 0.1
@@ -112,7 +112,7 @@ def main(args: Args) -> float:
     obs_dim, action_dim = dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
     actor = Actor(obs_dim, envs.single_action_space, args.hidden).to(device)
-    ranges = dict(value_range=(-1000, 0), noise_range=(-50, 0), sigma=3.0, output_scale=100)
+    ranges = dict(value_range=(-1000, 0), noise_range=(-10, 0), sigma=3.0, output_scale=30)
     critic = ff.FlowCritic(*dims, **ranges, hidden=args.hidden, ensemble=2, num_steps=4).to(device)
     target_actor, target_critic = copy.deepcopy(actor), copy.deepcopy(critic)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
