@@ -97,7 +97,6 @@ class ByCall(ByData):
 
 WAYS = {"data": ByData, "lerp": ByLerp, "deepcopy": ByCopy, "functional_call": ByCall}
 """The four ways to update a target."""
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 @contextlib.contextmanager
@@ -134,8 +133,10 @@ def test_the_next_call_has_the_new_weights(way, make, device):
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("make", [twins, policy])
+@pytest.mark.parametrize(
+    "make, backend",
+    [(twins, "aot_eager"), (policy, "aot_eager"), pytest.param(twins, "inductor", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_no_update_of_a_target_compiles_anything_again(way, make, backend, device):
     target = way(make(device))
@@ -246,7 +247,7 @@ def test_noise_drawn_inside_vmap_follows_its_randomness(device):
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_stacked_targets_are_followed_without_compiling_again(backend, device):
     stacked = Stacked(device)
     args = inputs(stacked.critics[0])

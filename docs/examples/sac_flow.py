@@ -113,7 +113,7 @@ def main(args: Args) -> float:
     obs_dim, action_dim = dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
     actor = Actor(obs_dim, envs.single_action_space, args.hidden).to(device)
-    ranges = dict(value_range=(-1000, 0), noise_range=(-50, 0), sigma=3.0, output_scale=100)
+    ranges = dict(value_range=(-1000, 0), noise_range=(-10, 0), sigma=3.0, output_scale=30)
     critic = ff.FlowCritic(*dims, **ranges, hidden=args.hidden, ensemble=2, num_steps=4).to(device)
     target_critic = copy.deepcopy(critic)
     log_alpha = torch.zeros(1, device=device, requires_grad=True)

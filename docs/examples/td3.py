@@ -20,15 +20,15 @@ class Args:
     seed: int = 0
     device: str = "cpu"
     num_envs: int = 1
-    total_steps: int = 10_000
+    total_steps: int = 15_000
     """Steps of all environments together; one update per step from `learning_starts` on."""
     learning_starts: int = 1_000
     buffer_size: int = 100_000
     batch_size: int = 128
-    gamma: float = 0.99
+    gamma: float = 0.98
     tau: float = 0.005
     critic_lr: float = 1e-3
-    actor_lr: float = 3e-4
+    actor_lr: float = 1e-3
     policy_frequency: int = 2
     """Updates of the critic per update of the actor and the targets."""
     exploration_noise: float = 0.1

@@ -22,15 +22,15 @@ class Args:
     seed: int = 0
     device: str = "cpu"
     num_envs: int = 1
-    total_steps: int = 10_000
+    total_steps: int = 15_000
     """Steps of all environments together; one update per step from `learning_starts` on."""
     learning_starts: int = 1_000
     buffer_size: int = 100_000
     batch_size: int = 128
-    gamma: float = 0.99
+    gamma: float = 0.98
     tau: float = 0.005
     critic_lr: float = 1e-3
-    actor_lr: float = 3e-4
+    actor_lr: float = 1e-3
     policy_frequency: int = 2
     """Updates of the critic per update of the actor and the targets."""
     exploration_noise: float = 0.1
@@ -112,7 +112,7 @@ def main(args: Args) -> float:
     obs_dim, action_dim = dims = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
     actor = Actor(obs_dim, envs.single_action_space, args.hidden).to(device)
-    ranges = dict(value_range=(-1000, 0), noise_range=(-50, 0), sigma=3.0, output_scale=100)
+    ranges = dict(value_range=(-1000, 0), noise_range=(-10, 0), sigma=3.0, output_scale=30)
     critic = ff.FlowCritic(*dims, **ranges, hidden=args.hidden, ensemble=2, num_steps=4).to(device)
     target_actor, target_critic = copy.deepcopy(actor), copy.deepcopy(critic)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
