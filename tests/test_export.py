@@ -235,5 +235,6 @@ def test_a_trace_holds_the_operator(name):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_frozen_copy_refuses_to_be_traced():
     policy = make("policy")
+    frozen = policy.freeze()
     with pytest.raises(RuntimeError, match="cannot be traced; trace the module that it was made from"):
-        torch.jit.trace(policy.freeze(), inputs_of(policy, 3))
+        torch.jit.trace(lambda *inputs: frozen(*inputs), inputs_of(policy, 3))
