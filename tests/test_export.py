@@ -177,7 +177,7 @@ print(sum(map(len, cases.values())), "equal")
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory):
-    """A folder with a policy as a package and unrolled as a program, a critic as a program, and what they should give."""
+    """A folder with a policy, packaged and unrolled, a critic, and what they should give."""
     folder = tmp_path_factory.mktemp("deployed")
     policy, critic = make("policy"), make("critic-ensemble-samples")
     export_package(policy, folder / "policy.pt2")
