@@ -2,8 +2,9 @@
 
 A policy and a critic of the papers' sizes and a small policy, each in all the ways to call it: the module, its frozen
 copy, the exported program and the compiled package (AOTInductor), with the walk as one operator and unrolled in plain
-PyTorch. All are called in turn, round after round; before that they are held against the module. On a GPU where there
-is one. With OMP_NUM_THREADS=1 on one core.
+PyTorch. All are called in turn, round after round; before that they are held against the module. The table gives the
+median over rounds and, in brackets, the least: on a machine that others use, what the call takes alone. On a GPU where
+there is one. With OMP_NUM_THREADS=1 on one core.
 
     --rows N        the batch, 1 by default
     --seconds S     of timing per module, 20 by default
@@ -66,8 +67,8 @@ def _with_backend(module: nn.Module, backend: str) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def measure(name: str, rows: int, seconds: float, device: torch.device) -> dict[str, float]:
-    """The median of each way in microseconds."""
+def measure(name: str, rows: int, seconds: float, device: torch.device) -> dict[str, tuple[float, float]]:
+    """The median and the least of each way in microseconds."""
     torch.manual_seed(0)
     module = MODULES[name]().to(device)
     widths = [module.obs_dim, module.action_dim, *([1] if isinstance(module, ff.FlowCritic) else [])]
@@ -83,7 +84,7 @@ def measure(name: str, rows: int, seconds: float, device: torch.device) -> dict[
         timer = Timer(device, batch_seconds=0.001)
         entries = [Entry(way, functools.partial(call, *inputs), timer.finish) for way, call in calls.items()]
         timings = timer.measure(entries, rounds=1000, seconds=seconds)
-    return {way: 1e6 * timing.median for way, timing in timings.items()}
+    return {way: (1e6 * timing.median, 1e6 * min(timing.seconds)) for way, timing in timings.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("| microseconds |", " | ".join(found), "|")
             print("|---|" + "---|" * len(found))
             header = True
-        print(f"| {name} |", " | ".join(f"{value:.3g}" for value in found.values()), "|", flush=True)
+        print(f"| {name} |", " | ".join(f"{round(m)} ({round(least)})" for m, least in found.values()), "|", flush=True)
 
 
 if __name__ == "__main__":
