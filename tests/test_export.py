@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning"),
 ]
 
+ROOT = Path(__file__).resolve().parents[1]
 RANGE = (-1.0, 1.0)
 MODULES = {
     "policy": lambda: ff.FlowPolicy(7, 2, hidden=(16, 16)),
@@ -152,9 +154,14 @@ def test_a_failed_export_leaves_the_old_package(tmp_path):
 # Without fastflow's training code -------------------------------------------------------------------------------------
 
 RUN = """
-import sys, torch, fastflow.ops
+import sys, torch
 folder = sys.argv[1]
 cases = torch.load(f"{folder}/cases.pt")
+plain = torch.export.load(f"{folder}/plain.pt2").module()
+for inputs, expected in cases["policy"]:
+    torch.testing.assert_close(plain(*inputs), expected)
+assert not [m for m in sys.modules if m.partition(".")[0] == "fastflow"]
+import fastflow.ops
 package = torch._inductor.aoti_load_package(f"{folder}/policy.pt2")
 program = torch.export.load(f"{folder}/critic.pt2").module()
 for run, name in ((package, "policy"), (program, "critic")):
@@ -170,11 +177,12 @@ print(sum(map(len, cases.values())), "equal")
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory):
-    """A folder with a package of a policy, a program of a critic, and what both should give."""
+    """A folder with a policy, packaged and unrolled, a critic, and what they should give."""
     folder = tmp_path_factory.mktemp("deployed")
     policy, critic = make("policy"), make("critic-ensemble-samples")
     export_package(policy, folder / "policy.pt2")
     torch.export.save(export_program(critic), folder / "critic.pt2")
+    torch.export.save(export_program(policy, backend="reference"), folder / "plain.pt2")
     cases = {}
     for name, module in (("policy", policy), ("critic", critic)):
         given = [inputs_of(module, rows) for rows in (1, 2, 5, 300)]
@@ -201,9 +209,18 @@ def test_a_process_with_the_operators_alone_runs_both(deployed, tmp_path, plain_
 
 @pytest.mark.slow
 def test_the_package_is_one_file_that_its_folder_s_readers_may_read(deployed):
-    assert sorted(os.listdir(deployed)) == ["cases.pt", "critic.pt2", "policy.pt2"]
+    assert sorted(os.listdir(deployed)) == ["cases.pt", "critic.pt2", "plain.pt2", "policy.pt2"]
     modes = {name: (deployed / name).stat().st_mode for name in ("policy.pt2", "cases.pt")}
     assert modes["policy.pt2"] == modes["cases.pt"]
+
+
+def test_the_page_s_example_runs():
+    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict = {}
+    exec(block, names)
+    assert names["action"].shape == (32, 6)
+    assert os.listdir(names["folder"]) == ["policy.pt2"]
 
 
 @pytest.mark.gpu
@@ -235,5 +252,6 @@ def test_a_trace_holds_the_operator(name):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_frozen_copy_refuses_to_be_traced():
     policy = make("policy")
+    frozen = policy.freeze()
     with pytest.raises(RuntimeError, match="cannot be traced; trace the module that it was made from"):
-        torch.jit.trace(policy.freeze(), inputs_of(policy, 3))
+        torch.jit.trace(lambda *inputs: frozen(*inputs), inputs_of(policy, 3))
