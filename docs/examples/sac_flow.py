@@ -68,17 +68,17 @@ class Buffer:
     def __init__(self, size: int, obs_dim: int, action_dim: int, device: str):
         shapes = dict(obs=obs_dim, action=action_dim, next_obs=obs_dim, reward=1, terminated=1)
         self.tensors = {name: torch.zeros(size, width, device=device) for name, width in shapes.items()}
-        self.size, self.count = size, 0
+        self.size, self.count, self.device = size, 0, device
 
     def add(self, **rows):
         n = len(rows["obs"])
-        index = torch.arange(self.count, self.count + n) % self.size
+        index = torch.arange(self.count, self.count + n, device=self.device) % self.size
         for name, tensor in self.tensors.items():
-            tensor[index] = torch.as_tensor(rows[name], dtype=torch.float32, device=tensor.device).reshape(n, -1)
+            tensor[index] = torch.as_tensor(rows[name], dtype=torch.float32, device=self.device).reshape(n, -1)
         self.count += n
 
     def sample(self, batch_size: int):
-        index = torch.randint(min(self.count, self.size), (batch_size,))
+        index = torch.randint(min(self.count, self.size), (batch_size,), device=self.device)
         return [tensor[index] for tensor in self.tensors.values()]
 
 
@@ -122,7 +122,7 @@ def main(args: Args) -> float:
     alpha_optimizer = torch.optim.Adam([log_alpha], args.alpha_lr, fused=True)
     buffer = Buffer(args.buffer_size, *dims, args.device)
 
-    began, finished = time.perf_counter(), []
+    began = time.perf_counter()
     obs, _ = envs.reset(seed=args.seed)
     episode_return = np.zeros(args.num_envs)
     for step in range(0, args.total_steps, args.num_envs):
@@ -140,9 +140,9 @@ def main(args: Args) -> float:
         buffer.add(obs=obs, action=action, next_obs=last_obs, reward=reward, terminated=terminated)
         obs = next_obs
         episode_return += reward
-        finished += list(episode_return[ended])
         if ended.any():
-            print(f"step {step + args.num_envs} return {finished[-1]:.1f} {time.perf_counter() - began:.0f} s")
+            mean = episode_return[ended].mean()
+            print(f"step {step + args.num_envs} return {mean:.1f} {time.perf_counter() - began:.0f} s")
         episode_return[ended] = 0
 
         for _ in range(args.num_envs if step >= args.learning_starts else 0):
