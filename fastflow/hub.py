@@ -33,7 +33,19 @@ __all__ = ["assemble"]
 
 BACKENDS = ("cpu", "cuda")
 # What the operators and the modules around them consist of. No agents, no training, no command line.
-MODULES = ("cpu", "dense", "fields", "frozen", "fused", "modules", "operators", "ops", "philox", "reference")
+MODULES = (
+    "cpu",
+    "dense",
+    "fields",
+    "from_modules",
+    "frozen",
+    "fused",
+    "modules",
+    "operators",
+    "ops",
+    "philox",
+    "reference",
+)
 # A command for developers that compiles every kernel without a GPU.
 LEFT_OUT = "aot.py"
 

@@ -246,6 +246,7 @@ def test_noise_drawn_inside_vmap_follows_its_randomness(device):
         torch.vmap(one)(same)
 
 
+@pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt_nn_modules is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_stacked_targets_are_followed_without_compiling_again(backend, device):
