@@ -11,7 +11,7 @@ from fastflow.data import load_dataset
 from fastflow.evaluate import evaluate
 
 
-def main(data: str = "data", updates: int = 5000, episodes: int = 50, seed: int = 0):
+def main(data: str = "data", updates: int = 6000, episodes: int = 50, seed: int = 0):
     name = "pointmaze-arena-navigate-singletask-v0"
     generator, dataset = torch.manual_seed(seed), load_dataset(name, dataset_dir=data)[0]
     o, a, (std, mean) = dataset.obs_dim, dataset.action_dim, torch.std_mean(dataset.tensors["observations"], dim=0)
@@ -19,18 +19,18 @@ def main(data: str = "data", updates: int = 5000, episodes: int = 50, seed: int 
     ranges = dict(reward_range=(-1, 0), discount=0.99, noise_coverage=0.03, sigma=3.0)
     critic = ff.FlowCritic.for_rewards(o, a, **ranges, hidden=(64, 64), ensemble=2, num_steps=8)
     target_critic = copy.deepcopy(critic).requires_grad_(False)
-    optimizers = [torch.optim.Adam(network.parameters(), 1e-3) for network in (actor, critic)]
-    for _ in range(updates):
+    optimizer = torch.optim.Adam([*actor.parameters(), *critic.parameters()], fused=True)
+    for i in range(updates):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 - 2 * i / updates)
         batch = dataset.sample(256, generator)
         obs, next_obs = (4 * (batch[key] - mean) / std for key in ("observations", "next_observations"))
         with torch.no_grad():
             target = batch["rewards"] + 0.99 * batch["masks"] * target_critic(next_obs, actor(next_obs)).mean(0)[:, 0]
         action = actor(obs)
-        actor_loss = 0.3 * (action - batch["actions"]).square().mean() - critic(obs, action).mean()
-        for optimizer, loss in zip(optimizers, (actor_loss, critic.loss(obs, batch["actions"], target))):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        actor_loss = 0.3 * (action - batch["actions"]).square().mean() - target_critic(obs, action).mean()
+        optimizer.zero_grad()
+        (critic.loss(obs, batch["actions"], target) + actor_loss).backward()
+        optimizer.step()
         torch._foreach_lerp_(list(target_critic.parameters()), [p.detach() for p in critic.parameters()], 0.02)
     actor.device, actor.act = "cpu", lambda obs, generator: actor(4 * (obs - mean) / std).detach()
     print(evaluate(actor, name, episodes=episodes))
