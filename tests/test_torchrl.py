@@ -481,13 +481,3 @@ def test_the_example_says_that_a_graph_needs_a_gpu(plain_environment, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=plain_environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "--mode cudagraph needs a CUDA GPU, and torch sees none; use eager or compile" in done.stderr
-
-
-def test_the_page_s_examples_run():
-    names: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "torchrl.md").read_text(), re.S)
-    assert len(blocks) >= 3
-    for block in blocks:
-        exec(block, names)
-    assert names["q"].shape == (2, 32, 1)
-    assert names["loss_bc"].dim() == 0
