@@ -39,8 +39,8 @@ class FlowCritic(nn.Module):
         obs_dim, action_dim: O and A; `action_dim=0` gives a state value.
         value_range: (low, high) of the values, the range of the HL-Gauss embedding of z. `FlowCritic.for_rewards`
             computes it and `noise_range` from the rewards as the paper does.
-        noise_range: (l, u) of the uniform start; default `value_range`. What a walk leaves of its width is noise in the value,
-            so one about as wide as the differences between actions learns soonest (floq: a tenth of the range).
+        noise_range: (l, u) of the uniform start; default `value_range`. What a walk leaves of its width is noise in the
+            value, so one about as wide as the differences between actions learns soonest (floq: a tenth of the range).
         hidden: widths of the velocity network.
         ensemble: E members side by side, None for one.
         num_steps: K of a call, also an argument of every call.

@@ -58,7 +58,8 @@ def run_page(tmp_path, monkeypatch):
         for package in sorted(imported(page) - sys.stdlib_module_names - {"fastflow"}):
             pytest.importorskip(package, reason=f"{page.name} needs the package {package}")
         monkeypatch.chdir(tmp_path)
-        names: dict = {"__name__": "__main__"}
+        # Not "__main__": a whole script is defined, and run by a test of its own.
+        names: dict = {"__name__": "page"}
         for i, block in enumerate(blocks(page, "python", "py")):
             exec(compile(block, f"{page.name}, block {i + 1}", "exec"), names)
         return names
