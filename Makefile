@@ -23,7 +23,7 @@ help:
 	@echo 'make demo    collect data, train floq and draw its figure, on the CPU or a GPU (within 10 minutes)'
 	@echo 'make test    run the tests; those that need a GPU are skipped and counted where there is none'
 	@echo 'make bench   measure against JAX, torch.compile and eager PyTorch on this machine (within 15 minutes on two cores)'
-	@echo 'make bench-compare BASE=<git ref>   is this tree slower than another commit? (5 minutes; exit code 1 if it is)'
+	@echo 'make bench-compare BASE=<git ref>   is this tree slower than another commit? (minutes; exit code 1 if it is)'
 	@echo 'make gpu     on a machine with CUDA and no network: test and measure the kernels with the torch that is there'
 	@echo 'make lint    check style and types'
 	@echo 'make types   check that a type checker knows the type of everything public'

@@ -36,12 +36,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import machine
 from benchmarks.intervals import Interval, launches_interval
+from benchmarks.tracked import TRACKED, Tracked
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_SECONDS = 0.02
-# What a process may take to answer: a first call compiles native code, or kernels.
-PATIENCE_SECONDS = 600.0
 
 
 class Failed(Exception):
@@ -78,8 +80,7 @@ def checkout(root: Path, ref: str, target: Path) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    return machine.run(["git", "-C", str(root), *arguments])
 
 
 # Two processes --------------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class Worker:
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            return {"error": f"the process ended with exit code {self.process.wait(PATIENCE_SECONDS)}"}
+            return {"error": f"the process ended with exit code {self.process.wait()}"}
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -217,8 +218,7 @@ def measure(workers: tuple[Worker, Worker], outcome: Outcome, rounds: int) -> No
 
 def compare(
     folders: tuple[Path, Path],
-    names: Sequence[str],
-    titles: dict[str, str],
+    cases: Sequence[Tracked],
     *,
     launches: int,
     rounds: int,
@@ -227,7 +227,7 @@ def compare(
     out: Callable[[str], None],
 ) -> list[Outcome]:
     """Old against new, all cases in every launch."""
-    outcomes = [Outcome(name, titles[name]) for name in names]
+    outcomes = [Outcome(case.name, case.title) for case in cases]
     for launch in range(launches):
         # The process that starts first may get the better memory: they take turns at it.
         flipped = launch % 2 == 1
@@ -280,15 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name} must be at least 1, got {getattr(given, name)}")
     if given.threshold < 1:
         parser.error(f"--threshold must be at least 1, got {given.threshold}")
-    import torch
-
-    from benchmarks.tracked import TRACKED
-
     try:
-        names = [name for name in TRACKED if re.search(given.only, name)]
+        cases = [case for name, case in TRACKED.items() if re.search(given.only, name)]
     except re.error as error:
         parser.error(f"--only is no regular expression: {error}")
-    if not names:
+    if not cases:
         parser.error(f"--only matches none of {', '.join(TRACKED)}")
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="fastflow-compare-") as folder:
@@ -302,12 +298,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (Failed, OSError) as error:
             print(f"python -m benchmarks.compare: {error}", file=sys.stderr)
             return 2
-        print(f"old: {commit} ({given.base}); new: the working tree; {len(names)} cases on {device}", flush=True)
-        titles = {name: TRACKED[name].title for name in names}
+        print(f"old: {commit} ({given.base}); new: the working tree; {len(cases)} cases on {device}", flush=True)
         outcomes = compare(
             folders,
-            names,
-            titles,
+            cases,
             launches=given.launches,
             rounds=given.rounds,
             device=device,

@@ -69,7 +69,7 @@ def clocks(device: torch.device) -> dict[str, str]:
     index = torch.cuda.current_device() if device.index is None else device.index
     # nvidia-smi counts all GPUs, torch the visible ones: the name that both know is the UUID.
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
-    answer = (_run([*command, f"--id=GPU-{uuid}"]) if uuid else None) or _run(command)
+    answer = (run([*command, f"--id=GPU-{uuid}"]) if uuid else None) or run(command)
     lines = (answer or "").splitlines()
     if not lines:
         return {}
@@ -81,10 +81,10 @@ def clocks(device: torch.device) -> dict[str, str]:
 def repository() -> dict[str, Any]:
     """Commit, whether tracked files differ from it, and a digest of the sources, which is there also without git."""
     git = ["git", "-c", "safe.directory=*", "-C", str(ROOT)]
-    top = _run([*git, "rev-parse", "--show-toplevel"])
+    top = run([*git, "rev-parse", "--show-toplevel"])
     inside = top is not None and Path(top).resolve() == ROOT
-    commit = _run([*git, "rev-parse", "--short=12", "HEAD"]) if inside else None
-    status = _run([*git, "status", "--porcelain", "--untracked-files=no"]) if inside else None
+    commit = run([*git, "rev-parse", "--short=12", "HEAD"]) if inside else None
+    status = run([*git, "status", "--porcelain", "--untracked-files=no"]) if inside else None
     return {"commit": commit, "dirty": None if status is None else bool(status), "sources": sources_digest()}
 
 
@@ -127,7 +127,7 @@ def busy_seconds() -> float | None:
 def compiler() -> str | None:
     """First line of what the C++ compiler says of itself."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        answer = _run([name, "--version"]) if name else None
+        answer = run([name, "--version"]) if name else None
         if answer:
             return answer.splitlines()[0]
     return None
@@ -143,7 +143,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _run(command: list[str]) -> str | None:
+def run(command: list[str]) -> str | None:
     """A command's output without surrounding blanks, or None if it fails."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
