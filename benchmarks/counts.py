@@ -39,17 +39,18 @@ def _native_calls() -> Iterator[list[str]]:
     from fastflow.kernels import cpu
 
     called: list[str] = []
-    call, walk = cpu.call, cpu.PackedWalk.__call__
+    call, walk = cpu.Prepared.__call__, cpu.PackedWalk.__call__
 
-    def counted_call(name: str, *arguments: Any) -> None:
-        called.append(name)
-        call(name, *arguments)
+    def counted_call(self: Any, *arguments: Any) -> None:
+        called.append(self.name)
+        call(self, *arguments)
 
     def counted_walk(self: Any, *arguments: Any) -> Any:
         called.append("walk_frozen")
         return walk(self, *arguments)
 
-    with mock.patch.object(cpu, "call", counted_call), mock.patch.object(cpu.PackedWalk, "__call__", counted_walk):
+    counted = mock.patch.object(cpu.Prepared, "__call__", counted_call)
+    with counted, mock.patch.object(cpu.PackedWalk, "__call__", counted_walk):
         yield called
 
 

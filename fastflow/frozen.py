@@ -52,7 +52,6 @@ class FrozenWalk:
     def _freeze(self) -> None:
         call = ops.check_walk(self._fields, **self._options)
         self._spec = call.spec
-        self._members = call.members if call.has_members else None
         if call.runner() == "native" and not call.spec.film:
             names = ("num_steps", "method", "t_0", "t_1")
             self._native = cpu.freeze(call.spec, call.parameters, call.precision, *(self._options[n] for n in names))
@@ -63,10 +62,11 @@ class FrozenWalk:
         if torch._C._is_tracing():
             raise RuntimeError("FrozenWalk: a frozen copy cannot be traced; trace the module that it was made from")
         # What a control loop asks for needs no look at every option.
-        if self._native is not None and step_noise is None and self._simple(x_0, cond):
-            assert cond is not None
-            samples = 1 if self._members is None else x_0.shape[2]
-            return self._native(x_0.contiguous(), cond, None, cond.shape[0], samples)
+        if self._native is not None and step_noise is None:
+            rows = ops.plain_rows(self._spec, x_0, cond, len(self._fields))
+            if rows is not None:
+                assert cond is not None
+                return self._native(x_0, cond, None, *rows)
         if self._native is None:
             field = self._fields if len(self._fields) > 1 else self._fields[0]
             with torch.no_grad():
@@ -77,20 +77,6 @@ class FrozenWalk:
             noise = None if step_noise is None else call.like_steps(step_noise, self._options["num_steps"]).contiguous()
             x_1 = self._native(x.contiguous(), c.contiguous(), noise, call.batch, call.samples)
             return call.restore(x_1)
-
-    def _simple(self, x_0: Tensor, cond: Tensor | None) -> bool:
-        """Whether x_0 is [B, D], or [E, B, S, D] of fields with an E axis, and cond a contiguous [B, C], both of the
-        field's dtype."""
-        if type(x_0) is not Tensor or type(cond) is not Tensor or cond.dim() != 2:
-            return False
-        (rows, c), shape = cond.shape, x_0.shape
-        if self._members is None:
-            fits = len(shape) == 2 and shape[0] == rows
-        else:
-            fits = len(shape) == 4 and shape[0] == self._members and shape[1] == rows
-        fits = fits and shape[-1] == self._spec.state_dim and c == self._spec.cond_dim
-        plain = x_0.dtype is cond.dtype is torch.float32 and x_0.is_cpu and cond.is_cpu
-        return fits and plain and cond.is_contiguous()
 
     # The packed weights lie in memory of this process: a copy packs its own.
 

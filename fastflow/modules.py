@@ -201,9 +201,10 @@ class FlowCritic(nn.Module):
         Returns:
             [..., 1], or [E, ..., 1] with an ensemble: the mean over the S walks.
         """
-        cond, z_0, lead = _critic_start(self, obs, action, noise, self.field.spec.ensemble, generator)
+        field = self.field
+        cond, z_0, lead = _critic_start(self, obs, action, noise, field.spec.ensemble, generator)
         z = ops.integrate(
-            self.field,
+            field,
             z_0,
             cond,
             num_steps=num_steps or self.num_steps,
@@ -220,7 +221,7 @@ class FlowCritic(nn.Module):
     def start(self, u: Tensor) -> Tensor:
         """z_0 = (1 - u) l + u u' for uniform draws u: the start of the walk in `noise_range` = (l, u')."""
         low, high = self.noise_range
-        return u * (high - low) + low
+        return (u * (high - low)).add_(low)
 
     def loss(
         self,
@@ -251,9 +252,9 @@ class FlowCritic(nn.Module):
         if target.shape not in (lead, (*lead, 1)):
             raise ValueError(f"FlowCritic.loss: target must be {[*lead, 1]}, got {list(target.shape)}")
         u = self._draws(noise, lead, cond, generator)
-        samples = u.shape[-1]
+        samples = u.shape[1]
         if t is None:
-            t = _draw(torch.rand, u.shape, cond, generator)
+            t = _draw(torch.rand, u.shape[:2], cond, generator)
         if weight is not None:
             weight = weight.reshape(-1) if weight.shape == lead else weight.reshape(-1, samples)
         rows = ops.flow_matching_loss(
@@ -272,17 +273,17 @@ class FlowCritic(nn.Module):
 
     def _starts(self, u: Tensor, members: int | None) -> Tensor:
         """The walks' starts [B, S, 1], or [E, B, S, 1]: with its E axis the operators cannot take S for B."""
-        z_0 = self.start(u).unsqueeze(-1)
-        return z_0 if members is None else z_0.expand(members, *z_0.shape)
+        # Expanded first, the product is a contiguous tensor of all members.
+        return self.start(u if members is None else u.expand(members, *u.shape))
 
     def _draws(self, noise: Tensor | None, lead: torch.Size, cond: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Uniform draws as [B, S]."""
+        """Uniform draws as [B, S, 1]."""
         if noise is None:
-            shape = (cond.shape[0], self.num_samples)
+            shape = (cond.shape[0], self.num_samples, 1)
             return _draw(torch.rand, shape, cond, generator)
         if noise.shape[:-1] != lead or noise.dim() != len(lead) + 1:
             raise ValueError(f"FlowCritic: noise must be {[*lead, 'S']}, got {list(noise.shape)}")
-        return noise.reshape(cond.shape[0], noise.shape[-1])
+        return noise.reshape(cond.shape[0], noise.shape[-1], 1)
 
 
 class FlowPolicy(nn.Module):
@@ -683,7 +684,7 @@ def _critic_end(z: Tensor, lead: torch.Size) -> Tensor:
     """The mean over the S walks, [..., 1] or [E, ..., 1]."""
     # A call of one row is mostly the small operators around the walk.
     q = z.squeeze(-2) if z.shape[-2] == 1 else z.mean(-2)
-    return q.reshape(*q.shape[:-2], *lead, 1)
+    return q if len(lead) == 1 else q.reshape(*q.shape[:-2], *lead, 1)
 
 
 def _policy_start(
@@ -709,7 +710,8 @@ def _policy_start(
 
 def _policy_end(x_1: Tensor, limit: float | None, lead: torch.Size) -> Tensor:
     """Clipped actions [..., A]."""
-    return _clip(x_1, limit).reshape(*lead, x_1.shape[-1])
+    x_1 = _clip(x_1, limit)
+    return x_1 if len(lead) == 1 else x_1.reshape(*lead, x_1.shape[-1])
 
 
 def _rows(
@@ -730,7 +732,7 @@ def _rows(
             raise ValueError(f"{name}: action must be {[*lead, width]}, got {list(action.shape)}")
         obs = torch.cat([obs, action], dim=-1)
     # Not lead.numel(): torch.export would fix a batch that is to stay free.
-    return obs.reshape(math.prod(lead), obs.shape[-1]), lead
+    return obs if len(lead) == 1 else obs.reshape(math.prod(lead), obs.shape[-1]), lead
 
 
 def _normal(
@@ -746,7 +748,7 @@ def _normal(
         return _draw(torch.randn, (cond.shape[0], width), cond, generator)
     if noise.shape != (*lead, width):
         raise ValueError(f"{type(module).__name__}: noise must be {[*lead, width]}, got {list(noise.shape)}")
-    return noise.reshape(cond.shape[0], width)
+    return noise if len(lead) == 1 else noise.reshape(cond.shape[0], width)
 
 
 def _draw(

@@ -396,20 +396,25 @@ class Operator:
         return self.body(*arguments)
 
 
+def unwatched() -> bool:
+    """Whether nobody looks at operators: no dispatch mode, tracer or forward derivative."""
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
+    return not watched and torch.autograd.forward_ad._current_level < 0
+
+
 def _look(arguments: Sequence[Any]) -> tuple[bool, bool]:
     """(whether nobody watches operators and all tensors are ordinary ones, whether one requires a gradient)."""
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
-    plain = not watched and torch.autograd.forward_ad._current_level < 0
+    plain = unwatched()
     differentiated = False
     for argument in arguments:
         for x in argument if isinstance(argument, list) else (argument,):
             if isinstance(x, Tensor):
-                plain = plain and type(x) in _ORDINARY
+                plain = plain and type(x) in ORDINARY
                 differentiated = differentiated or x.requires_grad
     return plain, differentiated
 
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
+ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def needs_of(ctx: Any) -> Any:

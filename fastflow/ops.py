@@ -100,6 +100,10 @@ def integrate(
     _check_steps(num_steps, trajectory)
     _check_name("integrate", "method", method, METHODS)
     _check_name("integrate", "activations", activations, ACTIVATIONS)
+    if step_noise is None and not trajectory:
+        walked = _plain_walk(field, x_0, cond, num_steps, method, t_0, t_1, backend, precision)
+        if walked is not None:
+            return walked
     call = _Call.open("integrate", field, backend, precision)
     x_0 = call.zero_start(cond) if x_0 is None else x_0
     x, cond = call.canonical(x_0, cond, "x_0")
@@ -272,6 +276,61 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return operators.inside_transform() or any(t is not None and t.requires_grad for t in tensors)
+
+
+def _plain_walk(
+    field: Fields,
+    x_0: Tensor | None,
+    cond: Tensor | None,
+    num_steps: int,
+    method: str,
+    t_0: float | Tensor,
+    t_1: float | Tensor,
+    backend: str | None,
+    precision: str | None,
+) -> Tensor | None:
+    """`integrate` of one field on the CPU where no gradient is asked for and nothing needs another form: acting, row
+    by row, where all that is done around a walk costs more than the walk. None wherever anything is not so."""
+    if torch.compiler.is_compiling() or not (isinstance(field, VelocityField) and type(t_0) is type(t_1) is float):
+        return None
+    rows = plain_rows(field.spec, x_0, cond)
+    if rows is None or not operators.unwatched() or operators.inside_transform():
+        return None
+    backend = DEFAULT_BACKEND if backend is None else backend
+    if not (backend == "auto" or (backend == "fused" and not _INTERPRETED)) or torch.is_autocast_enabled("cpu"):
+        return None
+    if precision not in _PLAIN_PRECISIONS or not math.isfinite(t_0 + t_1) or cpu.unsupported(torch.float32):
+        return None
+    assert x_0 is not None and cond is not None
+    parameters = field.parameter_list()
+    if torch.is_grad_enabled() and any(p.requires_grad for p in (x_0, cond, *parameters)):
+        return None
+    for p in parameters:
+        if type(p) not in operators.ORDINARY or not (p.is_cpu and p.dtype is torch.float32 and p.is_contiguous()):
+            return None
+    return cpu.plain_walk(field.key, parameters, x_0, cond, rows, num_steps, method, t_0, t_1, precision or "fp32")
+
+
+_PLAIN_PRECISIONS = (None, *PRECISIONS)
+
+
+def plain_rows(spec: FieldSpec, x_0: object, cond: object, fields: int = 1) -> tuple[int, int] | None:
+    """(B, S) where x_0 is [B, D], or [E, B, S, D] of a field or `fields` with an E axis, and cond [B, C], as native
+    code reads them; else None."""
+    if type(x_0) is not Tensor or type(cond) is not Tensor:
+        return None
+    if not (x_0.is_cpu and cond.is_cpu and x_0.dtype is cond.dtype is torch.float32):
+        return None
+    if not (x_0.is_contiguous() and cond.is_contiguous()):
+        return None
+    given, shape = cond.shape, x_0.shape
+    if len(given) != 2 or given[1] != spec.cond_dim or shape[-1:] != (spec.state_dim,):
+        return None
+    if spec.ensemble is None and fields == 1:
+        fits = len(shape) == 2 and shape[0] == given[0] > 0
+        return (given[0], 1) if fits else None
+    fits = len(shape) == 4 and shape[0] == (spec.ensemble or 1) * fields and shape[1] == given[0] > 0 < shape[2]
+    return (given[0], shape[2]) if fits else None
 
 
 def check_walk(

@@ -81,15 +81,15 @@ def test_every_tracked_case_is_recorded_and_no_other():
 
 
 def test_counts_see_a_slowed_operator(monkeypatch):
-    from fastflow import operators
+    from fastflow import cpu
 
     before = counts.count(TRACKED["policy-call"].prepare(CPU), CPU)
-    integrate = operators.integrate
+    walk = cpu.plain_walk
 
-    def slowed(x, *arguments):
-        return integrate(x + 0.0, *arguments)
+    def slowed(key, parameters, x, *arguments):
+        return walk(key, parameters, x + 0.0, *arguments)
 
-    monkeypatch.setattr(operators, "integrate", slowed)
+    monkeypatch.setattr(cpu, "plain_walk", slowed)
     after = counts.count(TRACKED["policy-call"].prepare(CPU), CPU)
     assert after["operators"] > before["operators"]
     assert after["allocated"] > before["allocated"]
@@ -122,10 +122,10 @@ def test_a_slowed_operator_is_caught(repository, tmp_path, capsys):
     """A twin of the tree whose walk is done eight times over, except in a frozen copy."""
     tree = tmp_path / "tree"
     shutil.copytree(repository, tree)
-    path = tree / "fastflow" / "operators.py"
+    path = tree / "fastflow" / "cpu.py"
     path.write_text(
         path.read_text(encoding="utf-8")
-        + "\n\n_once = integrate\n\n\ndef integrate(*arguments):\n"
+        + "\n\n_once = plain_walk\n\n\ndef plain_walk(*arguments):\n"
         + "    for _ in range(7):\n        _once(*arguments)\n    return _once(*arguments)\n",
         encoding="utf-8",
     )

@@ -251,19 +251,28 @@ def call(
     Raises:
         MemoryError: no room for its buffers.
     """
-    library = _loaded(network.bf16)
-    if isinstance(library, str):
-        raise Unavailable(library)
-    pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    status = getattr(library, f"fastflow_{name}")(
-        network.ints + struct.pack(f"{len(ints)}q", *ints),
-        network.reals + struct.pack(f"{len(reals)}d", *reals),
-        struct.pack(f"{len(pointers)}Q", *pointers),
-    )
-    if status == 1:
-        raise MemoryError(f"fastflow: no memory for the buffers of {name}")
-    if status:
-        raise RuntimeError(f"fastflow: {name} failed")
+    Prepared(name, network, ints, reals)(tensors)
+
+
+class Prepared:
+    """A native operator with all that it takes but its tensors; arguments as for `call`."""
+
+    def __init__(self, name: str, network: Description, ints: Sequence[int], reals: Sequence[float]) -> None:
+        library = _loaded(network.bf16)
+        if isinstance(library, str):
+            raise Unavailable(library)
+        self.name, self._function = name, getattr(library, f"fastflow_{name}")
+        self._ints = network.ints + struct.pack(f"{len(ints)}q", *ints)
+        self._reals = network.reals + struct.pack(f"{len(reals)}d", *reals)
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> None:
+        """Run it; MemoryError as for `call`."""
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        status = self._function(self._ints, self._reals, struct.pack(f"{len(pointers)}Q", *pointers))
+        if status == 1:
+            raise MemoryError(f"fastflow: no memory for the buffers of {self.name}")
+        if status:
+            raise RuntimeError(f"fastflow: {self.name} failed")
 
 
 class PackedWalk:
