@@ -211,28 +211,19 @@ def _finite(value: Any) -> Any:
 
 def measure_context(run: Run) -> None:
     """What the device can do at best: matrix products, copies, launches."""
+    from benchmarks.floors import copy_rate, product_rate
     from benchmarks.measure import Entry
 
     n = 256 if run.arguments.small else 8192
     timer, device, context = run.timer, run.device, run.report["context"]
 
-    def product(dtype: torch.dtype) -> float:
-        # Random numbers: the power drawn, and so the clock, depends on them.
-        a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        entry = Entry("product", lambda: torch.matmul(a, b, out=out), timer.finish, events=True)
-        return 2e-12 * n**3 / timer.measure([entry], 9, 2.0)["product"].median
-
     from benchmarks.rivals import capture, global_precision
 
     context["product_size"] = n
-    context["product_bf16_tflops"] = product(torch.bfloat16)
+    context["product_bf16_tflops"] = 1e-12 * product_rate(timer, n, torch.bfloat16)
     with global_precision("tf32"):
-        context["product_tf32_tflops"] = product(torch.float32)
-    source = torch.randn(n * n, device=device)
-    target = torch.empty_like(source)
-    copy = Entry("copy", lambda: target.copy_(source), timer.finish, events=True)
-    context["copy_tbytes_per_s"] = 2e-12 * source.nbytes / timer.measure([copy], 9, 2.0)["copy"].median
+        context["product_tf32_tflops"] = 1e-12 * product_rate(timer, n, torch.float32)
+    context["copy_tbytes_per_s"] = 1e-12 * copy_rate(timer, n)
     one = torch.zeros(1, device=device)
     launch = Entry("launch", lambda: one.add_(1), timer.finish)
     context["launch_us"] = 1e6 * timer.measure([launch], 9, 1.0)["launch"].median

@@ -359,11 +359,98 @@ def torchdiffeq_fixed(problem: Problem, precision: str) -> Variant:
     return torch_variant("torchdiffeq", problem, walk)
 
 
+def torchrl_model(problem: Problem, precision: str) -> Variant:
+    """`torchrl.modules.FlowMatchingModel`: TorchRL's sampler of actions.
+
+    Raises:
+        Skipped: no TorchRL, or one without it (it came behind 0.14); what it does not sample.
+    """
+    case, field, spec = problem.case, problem.field, problem.case.spec
+    if case.kind != "integrate" or case.method != "euler" or case.end_times or case.samples is not None:
+        raise Skipped("TorchRL's sampler walks one Euler path per observation, to 1")
+    if spec.ensemble is not None:
+        raise Skipped("TorchRL's sampler has no ensembles")
+    if importlib.util.find_spec("torchrl") is None:
+        raise Skipped("torchrl is not installed")
+    import torchrl.modules
+
+    if not hasattr(torchrl.modules, "FlowMatchingModel"):
+        raise Skipped(f"torchrl {torchrl.__version__} has no FlowMatchingModel")
+
+    class Network(torch.nn.Module):
+        """[cond, x, t] to the velocity."""
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            cond, x, t = inputs.split([spec.cond_dim, spec.state_dim, 1], -1)
+            return reference.velocity(spec, field.parameter_list(), x, t.squeeze(-1), cond, precision)
+
+    # The walk is to be compared as it is: bounds that nothing reaches.
+    model = torchrl.modules.FlowMatchingModel(Network(), spec.state_dim, case.num_steps, low=-1e9, high=1e9)
+    return torch_variant("torchrl", problem, lambda x_0, cond: model(cond, x_0))
+
+
+def graph_sampler(problem: Problem, precision: str) -> Variant:
+    """A sampler written for speed in plain PyTorch, for a CUDA graph: cond's and time's shares of the first layer
+    computed before the loop, products into buffers that are there, activations in place.
+
+    Raises:
+        Skipped: no GPU, where it would pay; what it is not written for.
+    """
+    if problem.device.type != "cuda":
+        raise Skipped("a sampler for CUDA graphs needs CUDA")
+    return graphed(problem, torch_variant("graph sampler", problem, buffered_walk(problem, precision)))
+
+
+def buffered_walk(problem: Problem, precision: str) -> Callable[..., Tensor]:
+    """The walk of `graph_sampler`.
+
+    Raises:
+        Skipped: what it is not written for.
+    """
+    case, spec = problem.case, problem.case.spec
+    plain = isinstance(spec.architecture, ff.MLP) and spec.norm is None and spec.ensemble is None
+    if not plain or spec.time_sizes or not isinstance(spec.state_embedding, ff.Identity):
+        raise Skipped("the hand-written sampler is of plain MLPs without norms")
+    if case.kind != "integrate" or case.method != "euler" or case.end_times or case.samples is not None:
+        raise Skipped("the hand-written sampler walks by Euler to 1")
+    if case.gradient or spec.prediction != "velocity":
+        raise Skipped("the hand-written sampler has no gradients and predicts velocities")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    parts, rows, k = spec.parts(problem.field.parameter_list()), case.rows, case.num_steps
+    layers = [(w.detach().to(dtype), b.detach().to(dtype)) for w, b in parts.layers]
+    (first, bias), *deeper = layers
+    c, d = spec.cond_dim, spec.state_dim
+    times = spec.time_embedding.features(torch.arange(k, device=problem.device) / k).to(dtype)
+    by_step = times @ first[c + d :] + bias
+    buffers = [torch.empty(rows, w.shape[1], device=problem.device, dtype=dtype) for w, _ in layers]
+    in_place = {"silu": torch.nn.functional.silu, "elu": torch.nn.functional.elu, "relu": torch.nn.functional.relu}
+
+    def activate(x: Tensor) -> Tensor:
+        if spec.activation in in_place:
+            return in_place[spec.activation](x, inplace=True)
+        return x.copy_(reference.activate(x, spec.activation))
+
+    def walk(x_0: Tensor, cond: Tensor) -> Tensor:
+        given, x = cond.to(dtype) @ first[:c], x_0.clone()
+        for step in range(k):
+            torch.addmm(given, x.to(dtype), first[c : c + d], out=buffers[0])
+            h = activate(buffers[0].add_(by_step[step]))
+            for i, (w, b) in enumerate(deeper, 1):
+                torch.addmm(b, h, w, out=buffers[i])
+                h = activate(buffers[i]) if i < len(deeper) else buffers[i]
+            x.add_(h, alpha=spec.output_scale / k)
+        return x
+
+    return walk
+
+
 RIVALS: dict[str, Rival] = {
     "fused": fused,
     "eager": eager,
     "eager baddbmm": eager_batched,
     "torchdiffeq": torchdiffeq_fixed,
+    "torchrl": torchrl_model,
+    "graph sampler": graph_sampler,
     "compile": compiled,
     "compile reduce-overhead": compiled_reduce_overhead,
     "compile max-autotune": compiled_max_autotune,
