@@ -75,7 +75,13 @@ class Dataset:
                 raise TypeError(f"tensors[{key!r}]: expected float32, got {tensor.dtype}")
             if key in _VECTORS and tensor.ndim != 2:
                 raise ValueError(f"tensors[{key!r}]: expected [N, dim], got {list(tensor.shape)}")
-            width = actions.shape[1:] if key in ("actions", "next_actions") else observations.shape[1:] if key in _VECTORS else ()
+            width = (
+                actions.shape[1:]
+                if key in ("actions", "next_actions")
+                else observations.shape[1:]
+                if key in _VECTORS
+                else ()
+            )
             expected = [observations.shape[0], *width]
             if list(tensor.shape) != expected:
                 raise ValueError(f"tensors[{key!r}]: expected {expected}, got {list(tensor.shape)}")

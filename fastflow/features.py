@@ -13,9 +13,7 @@ from fastflow.fields import DenseStack, VelocityField
 __all__ = ["feature_norm", "features"]
 
 
-def features(
-    stack: DenseStack, x: Tensor, *, activation: str = "gelu_tanh", norm: str | None = "layer"
-) -> Tensor:
+def features(stack: DenseStack, x: Tensor, *, activation: str = "gelu_tanh", norm: str | None = "layer") -> Tensor:
     """What the head of a plain network takes, for inputs x [..., in] ([E, ..., in] with an ensemble): [..., H]."""
     return reference.dense_stack(x, _without_head(stack), activation, norm)
 

@@ -178,7 +178,7 @@ def arrays(agent):
 
 
 def as_numpy(tensors):
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+    return {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
 
 
 def equal_states(a, b):

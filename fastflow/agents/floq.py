@@ -389,7 +389,7 @@ class FloqAgent(FqlActorAgent):
             "q_min": value.min(),
             "q_max": value.max(),
             "var_flow_returns": q.var(2, correction=0).mean(),
-            "td_error": (target.view(len(value), -1) - value.unsqueeze(-1)).abs().mean(),
+            "td_error": (target.reshape(len(value), -1) - value.unsqueeze(-1)).abs().mean(),
             "outside_range": self._share_outside(torch.stack((target_q, q))),
             "floq_loss": floq_loss,
             "distill_loss": distill_loss,
