@@ -157,8 +157,9 @@ class Dataset:
             following = own["actions"].roll(-1, 0)
             more["next_actions"] = torch.where(own["terminals"].bool().unsqueeze(-1), own["actions"], following)
         if "returns" in keys:
-            rows = (own[key].double().cpu().numpy() for key in ("rewards", "masks", "terminals"))
-            more["returns"] = torch.from_numpy(returns_to_go(*rows, discount)).float().to(self.device)
+            rewards, masks, terminals = (own[key].double().cpu().numpy() for key in ("rewards", "masks", "terminals"))
+            returns = returns_to_go(rewards, masks, terminals, discount)
+            more["returns"] = torch.from_numpy(returns).float().to(self.device)
         return Dataset(self.name, own | more)
 
     def to(self, device: str | torch.device) -> Dataset:

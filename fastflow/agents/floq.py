@@ -208,7 +208,7 @@ def preset_for(env_name: str) -> str | None:
 # The agent ----------------------------------------------------------------------------------------------------------
 
 # The share of values outside their range that is warned about.
-_OUTSIDE = 0.01
+_OUTSIDE = 0.05
 
 
 @dataclasses.dataclass

@@ -92,11 +92,11 @@ STEPS = Experiment(
     title="Integration steps of floq's critic",
     agent="floq",
     question="Does a critic that walks more steps make a better policy?",
-    arms=tuple(
-        _arm(f"k{steps}", f"K = {steps}", {"agent.critic_flow_steps": steps}, x=float(steps), group="floq")
-        for steps in (1, 2, 4, 8, 16)
-    )
-    + (
+    arms=(
+        *(
+            _arm(f"k{steps}", f"K = {steps}", {"agent.critic_flow_steps": steps}, x=float(steps), group="floq")
+            for steps in (1, 2, 4, 8, 16)
+        ),
         _arm(
             "k1-at-zero",
             "K = 1, trained at t = 0 alone",

@@ -65,7 +65,7 @@ def critic(run: Run) -> dict[str, float]:
 
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_CANDIDATES = 16
+_CANDIDATES = 8
 
 
 def recovery(run: Run) -> dict[str, float]:
@@ -73,7 +73,7 @@ def recovery(run: Run) -> dict[str, float]:
 
     Returns:
         For shares of 0, 25, 50, 75 and 100 % stale steps: `q_error.<percent>` as in `critic`, and
-        `success.<percent>` of the policy that takes, of 16 actions of the one-step policy, the one whose value is the
+        `success.<percent>` of the policy that takes, of 8 actions of the one-step policy, the one whose value is the
         largest, over 20 episodes.
 
     Raises:
@@ -149,15 +149,15 @@ def _play(run: Run, policy: Policy) -> _Path:
     assert episodes is not None
     columns: list[list[np.ndarray]] = [[], [], []]
     for recorder in recorders:
-        observations, actions, rewards, terminated = (np.array(column) for column in zip(*recorder.rows, strict=True))
+        seen, taken, rewards, terminated = (np.array(column) for column in zip(*recorder.rows, strict=True))
         ends = np.isin(np.arange(len(rewards)), recorder.ends)
-        returns = returns_to_go(rewards, ~terminated, ends, run.config["agent"]["discount"])
-        for column, values in zip(columns, (observations, actions, returns), strict=True):
+        followed = returns_to_go(rewards, ~terminated, ends, run.config["agent"]["discount"])
+        for column, values in zip(columns, (seen, taken, followed), strict=True):
             column.append(values)
-    found = [torch.from_numpy(np.concatenate(column).astype(np.float32)) for column in columns]
-    rows = torch.arange(0, len(found[2]), max(len(found[2]) // _ROWS, 1))
+    observations, actions, returns = (torch.from_numpy(np.concatenate(column).astype(np.float32)) for column in columns)
+    rows = torch.arange(0, len(returns), max(len(returns) // _ROWS, 1))
     metrics = episodes.metrics()
-    return _Path(*(column[rows] for column in found), metrics["success"], metrics["episode.length"])
+    return _Path(observations[rows], actions[rows], returns[rows], metrics["success"], metrics["episode.length"])
 
 
 class _BestOf:
@@ -171,7 +171,7 @@ class _BestOf:
     def act(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
         rows = observations.repeat_interleave(_CANDIDATES, 0)
         actions = self.agent.act(rows, generator)
-        q = _values(self.agent, rows, actions, self.stale, self.share, starts=4).view(-1, _CANDIDATES)
+        q = _values(self.agent, rows, actions, self.stale, self.share, starts=2).view(-1, _CANDIDATES)
         chosen = q.argmax(1, keepdim=True).unsqueeze(-1).expand(-1, 1, actions.shape[-1])
         return actions.view(len(observations), _CANDIDATES, -1).gather(1, chosen).squeeze(1)
 
