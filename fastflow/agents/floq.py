@@ -489,7 +489,7 @@ class FloqAgent(FqlActorAgent):
         cond = torch.cat((self._normalize(observations), actions), -1).unsqueeze(1)
         return {
             **{f"flow/displacement.{k}": size for k, size in enumerate(steps.abs().mean((0, 1, 2)))},
-            "flow/curvature": (velocities - whole).square().mean() / whole.square().mean(),
+            "flow/curvature": (velocities - whole).square().mean() / whole.square().mean().clamp_min(1e-12),
             "flow/variance": path[..., -1].var(2, correction=0).mean(),
             "flow/outside_range": self._share_outside(path),
             "flow/feature_norm": feature_norm(self.networks.floq.field, path[..., :1], cond),
