@@ -253,9 +253,8 @@ class FlowCritic(nn.Module):
         u = self._draws(noise, lead, cond, generator)
         samples = u.shape[1]
         if target.shape not in (lead, (*lead, 1), (*lead, samples)):
-            raise ValueError(
-                f"FlowCritic.loss: target must be {[*lead, 1]} or {[*lead, samples]}, got {list(target.shape)}"
-            )
+            expected = f"{[*lead, 1]}" + (f" or {[*lead, samples]}" if samples > 1 else "")
+            raise ValueError(f"FlowCritic.loss: target must be {expected}, got {list(target.shape)}")
         each = samples > 1 and target.shape == (*lead, samples)
         if t is None:
             t = _draw(torch.rand, u.shape[:2], cond, generator)
