@@ -17,11 +17,12 @@ AOT := $(TRITONS:%=.triton/%/.complete)
 DMC := .mujoco/$(MUJOCO)/.complete
 endif
 
-.PHONY: help demo test bench bench-compare gpu lint clean types docs
+.PHONY: help demo test test-long bench bench-compare gpu lint clean types docs
 
 help:
 	@echo 'make demo    collect data, train floq and draw its figure, on the CPU or a GPU (within 10 minutes)'
 	@echo 'make test    run the tests; those that need a GPU are skipped and counted where there is none'
+	@echo 'make test-long   every published setting of floq for 100 updates (a quarter of an hour of one core)'
 	@echo 'make bench   measure against JAX, torch.compile and eager PyTorch on this machine (within 15 minutes on two cores)'
 	@echo 'make bench-compare BASE=<git ref>   is this tree slower than another commit? (minutes; exit code 1 if it is)'
 	@echo 'make gpu     on a machine with CUDA and no network: test and measure the kernels with the torch that is there'
@@ -36,6 +37,10 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev $(AOT) $(DMC)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: export OMP_NUM_THREADS = 1
+test-long: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest $(PYTEST_ARGS) -m long
 
 # On a CPU the table says more than pytest-benchmark's groups, and torch.compile's share of both would take too long.
 bench: $(VENV)/.installed-rivals

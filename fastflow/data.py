@@ -16,7 +16,7 @@ import socket
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,16 @@ from fastflow.collect.recipes import recipe_for
 from fastflow.envs import DATASET_DIR, check_name, dataset_name, import_ogbench, is_published, make_env
 from fastflow.errors import MissingExtra, UserError
 
-__all__ = ["KEYS", "MIRROR", "Dataset", "load_dataset", "save_transitions"]
+__all__ = ["BEHAVIOUR_KEYS", "KEYS", "MIRROR", "Dataset", "load_dataset", "returns_to_go", "save_transitions"]
 
 KEYS = ("observations", "actions", "next_observations", "rewards", "masks", "terminals")
 """What a batch and a dataset hold."""
+BEHAVIOUR_KEYS = ("next_actions", "returns")
+"""What they may hold besides, see `Dataset.with_behaviour`."""
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets"
 """A copy of OGBench's datasets, for when their host is down."""
 
-_VECTORS = ("observations", "actions", "next_observations")
+_VECTORS = ("observations", "actions", "next_observations", "next_actions")
 # tanh-squashed policies have infinite density at exactly +-1; the FQL family of codes clips its datasets like this.
 _ACTION_LIMIT = 1.0 - 1e-5
 _ACTION_SLACK = 1e-3
@@ -61,10 +63,11 @@ class Dataset:
     tensors: dict[str, Tensor]
     """float32: observations [N, O], actions [N, A] inside (-1, 1), next_observations [N, O], rewards [N], masks [N]
     (0 where
-    the value of the next state must not be used: the task is solved), terminals [N] (1 at the end of a trajectory)."""
+    the value of the next state must not be used: the task is solved), terminals [N] (1 at the end of a trajectory);
+    where they were asked for, next_actions [N, A] and returns [N]."""
 
     def __post_init__(self) -> None:
-        if set(self.tensors) != set(KEYS):
+        if set(self.tensors) - set(BEHAVIOUR_KEYS) != set(KEYS):
             raise ValueError(f"tensors: expected the keys {', '.join(KEYS)}, got {', '.join(sorted(self.tensors))}")
         observations, actions = self.tensors["observations"], self.tensors["actions"]
         for key, tensor in self.tensors.items():
@@ -72,7 +75,13 @@ class Dataset:
                 raise TypeError(f"tensors[{key!r}]: expected float32, got {tensor.dtype}")
             if key in _VECTORS and tensor.ndim != 2:
                 raise ValueError(f"tensors[{key!r}]: expected [N, dim], got {list(tensor.shape)}")
-            width = actions.shape[1:] if key == "actions" else observations.shape[1:] if key in _VECTORS else ()
+            width = (
+                actions.shape[1:]
+                if key in ("actions", "next_actions")
+                else observations.shape[1:]
+                if key in _VECTORS
+                else ()
+            )
             expected = [observations.shape[0], *width]
             if list(tensor.shape) != expected:
                 raise ValueError(f"tensors[{key!r}]: expected {expected}, got {list(tensor.shape)}")
@@ -127,11 +136,57 @@ class Dataset:
         index = torch.randint(max(len(self), 1), (batch_size,), generator=generator, device=self.device)
         return {key: tensor.index_select(0, index) for key, tensor in self.tensors.items()}
 
+    def with_behaviour(self, keys: Sequence[str], discount: float) -> Dataset:
+        """The dataset with what followed its transitions; itself if `keys` is empty.
+
+        Args:
+            keys: of `BEHAVIOUR_KEYS`. next_actions: the action of the next row; a trajectory's last row, whose next
+                action nobody kept, has its own again. returns: see `returns_to_go`.
+            discount: of the returns.
+
+        Raises:
+            ValueError: an unknown key.
+        """
+        unknown = set(keys) - set(BEHAVIOUR_KEYS)
+        if unknown:
+            raise ValueError(f"keys: expected some of {', '.join(BEHAVIOUR_KEYS)}, got {', '.join(sorted(unknown))}")
+        if not keys:
+            return self
+        own, more = self.tensors, {}
+        if "next_actions" in keys:
+            following = own["actions"].roll(-1, 0)
+            more["next_actions"] = torch.where(own["terminals"].bool().unsqueeze(-1), own["actions"], following)
+        if "returns" in keys:
+            rewards, masks, terminals = (own[key].double().cpu().numpy() for key in ("rewards", "masks", "terminals"))
+            returns = returns_to_go(rewards, masks, terminals, discount)
+            more["returns"] = torch.from_numpy(returns).float().to(self.device)
+        return Dataset(self.name, own | more)
+
     def to(self, device: str | torch.device) -> Dataset:
         """The dataset on another device; itself if it is there already."""
         if torch.device(device) == self.device:
             return self
         return Dataset(self.name, {key: tensor.to(device) for key, tensor in self.tensors.items()})
+
+
+def returns_to_go(rewards: np.ndarray, masks: np.ndarray, terminals: np.ndarray, discount: float) -> np.ndarray:
+    """Discounted returns G_i = r_i + discount m_i G_(i+1) of the rows of trajectories one behind the other.
+
+    Where a trajectory ends though its task goes on (m = 1), its last reward is taken to go on for ever.
+
+    Args:
+        rewards, masks: [N]; masks are 0 where the task is solved. terminals: [N], 1 in a trajectory's last row.
+
+    Returns:
+        [N] float64.
+    """
+    returns = np.empty(len(rewards))
+    following = 0.0
+    for i in range(len(rewards) - 1, -1, -1):
+        if terminals[i]:
+            following = rewards[i] / (1 - discount)
+        following = returns[i] = rewards[i] + discount * masks[i] * following
+    return returns
 
 
 def load_dataset(

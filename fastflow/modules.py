@@ -239,7 +239,8 @@ class FlowCritic(nn.Module):
         """Flow-matching loss towards a target value (floq, critic loss): regress v(z_t, t) on target - z_0.
 
         Args:
-            obs: [..., O]. action: [..., A]. target: [..., 1] or [...], without gradient.
+            obs: [..., O]. action: [..., A].
+            target: [..., 1] or [...], or one for each noise sample, [..., S]; without gradient.
             noise, t: uniform draws in [0, 1], [..., S]; drawn from `generator` if None.
             weight: [..., S] or [...].
             reduction: "mean", "sum" or "none" (over members, rows and samples).
@@ -249,10 +250,12 @@ class FlowCritic(nn.Module):
             0-d, or with "none" [..., S], [E, ..., S] with an ensemble.
         """
         cond, lead = _rows(self, obs, action)
-        if target.shape not in (lead, (*lead, 1)):
-            raise ValueError(f"FlowCritic.loss: target must be {[*lead, 1]}, got {list(target.shape)}")
         u = self._draws(noise, lead, cond, generator)
         samples = u.shape[1]
+        if target.shape not in (lead, (*lead, 1), (*lead, samples)):
+            expected = f"{[*lead, 1]}" + (f" or {[*lead, samples]}" if samples > 1 else "")
+            raise ValueError(f"FlowCritic.loss: target must be {expected}, got {list(target.shape)}")
+        each = samples > 1 and target.shape == (*lead, samples)
         if t is None:
             t = _draw(torch.rand, u.shape[:2], cond, generator)
         if weight is not None:
@@ -260,7 +263,7 @@ class FlowCritic(nn.Module):
         rows = ops.flow_matching_loss(
             self.field,
             self._starts(u, self.field.spec.ensemble),
-            target.reshape(-1, 1),
+            target.reshape(-1, samples, 1) if each else target.reshape(-1, 1),
             t.reshape(-1, samples),
             cond,
             weight=weight,

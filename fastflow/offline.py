@@ -84,6 +84,10 @@ class OfflineTask(Task):
         except (OSError, ValueError) as error:
             raise UserError(f"dataset of {settings.env}: {error}") from error
         self.facts = self._facts()
+        if keys := getattr(settings.agent, "further_keys", ()):
+            self.data = self.data.with_behaviour(keys, settings.agent.discount)
+            if self.validation is not None:
+                self.validation = self.validation.with_behaviour(keys, settings.agent.discount)
         self.arguments = self._arguments() if arguments is None else arguments
         self.rollouts = self._make_rollouts(path, out)
 

@@ -301,6 +301,7 @@ class _Training:
         self.step = 0
         self.seconds = 0.0
         self.saved_at = -1
+        self.advised = False
         if saved is not None:
             load_agent_state(self.agent, saved.part("agent"), self.run.checkpoint_path(saved.step))
             loop = saved.part("loop")
@@ -454,8 +455,17 @@ class _Training:
         row |= {f"time/{self.task.steps_are.replace(' ', '_')}_per_second": rate, "time/total_time": now - self.began}
         self.run.log(self.run.train, self.step, row, tensorboard=self.settings.tensorboard)
         self.display.logged(means, rate)
+        self._advise(means)
         self.meter.reset()
         self.interval_began = (self.step, time.perf_counter())
+
+    def _advise(self, means: Mapping[str, float]) -> None:
+        """Passes on what the agent has to say about its metrics, once."""
+        advise = getattr(self.agent, "advise", None)
+        advice = None if advise is None or self.advised else advise(means)
+        if advice is not None:
+            self.advised = True
+            self.display.line(f"warning: {self.task.step_is} {self.step:,}: {advice}")
 
     def _validate(self) -> dict[str, float]:
         seed = _derived_seed(self.settings.seed, "validation", self.step)

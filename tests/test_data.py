@@ -126,6 +126,26 @@ def test_bad_tensors(key, tensor, error, message):
         Dataset(NAME, {**dataset().tensors, key: tensor})
 
 
+def test_what_the_behaviour_did_next():
+    data = dataset()
+    assert data.with_behaviour((), 0.9) is data
+    more = data.with_behaviour(("next_actions", "returns"), 0.9)
+    rows = {key: tensor.double().numpy() for key, tensor in more.tensors.items()}
+    assert all(torch.equal(more.tensors[key], tensor) for key, tensor in data.tensors.items())
+    for i in range(N):
+        last = rows["terminals"][i] == 1
+        assert np.array_equal(rows["next_actions"][i], rows["actions"][i if last else i + 1])
+        # Ten rows are a trajectory; -1 goes on for ever behind one that is not solved.
+        following = rows["rewards"][i] / 0.1 if last else rows["returns"][i + 1]
+        assert rows["returns"][i] == pytest.approx(rows["rewards"][i] + 0.9 * rows["masks"][i] * following, rel=1e-6)
+    batch = more.sample(7, torch.Generator().manual_seed(0))
+    assert batch["next_actions"].shape == (7, A) and batch["returns"].shape == (7,)
+    with pytest.raises(ValueError, match="expected some of next_actions, returns, got rewards"):
+        data.with_behaviour(("rewards",), 0.9)
+    with pytest.raises(ValueError, match=r"'next_actions'.*expected \[50, 2\]"):
+        Dataset(NAME, {**data.tensors, "next_actions": torch.zeros(N, A + 1)})
+
+
 # Transitions files: no simulator
 
 

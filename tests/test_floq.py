@@ -1,8 +1,4 @@
-"""floq against a statement of its update that shares no code with it: NumPy in float64, from forward passes to Adam.
-
-Gradients are checked by central differences of that statement, in which everything behind a stop-gradient reads a
-second copy of the weights.
-"""
+"""floq against a statement of its update that shares no code with it (`floq_statement`), and everything around it."""
 
 from __future__ import annotations
 
@@ -10,9 +6,11 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import floq_statement
 import numpy as np
 import pytest
 import torch
+from floq_statement import Statement
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastflow as ff
@@ -21,117 +19,6 @@ from fastflow.agents.floq import PRESETS, FloqAgent, FloqConfig, FloqNoise, pres
 
 O, A, B = 3, 2, 5
 SMALL = {"block_width": 8, "block_depth": 2, "value_hidden_dims": (7, 6), "actor_hidden_dims": (6, 5), "batch_size": B}
-
-
-# The statement ------------------------------------------------------------------------------------------------------
-
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-
-
-def dense_stack(p, prefix, x, norm):
-    """Dense -> GELU (tanh form) -> LayerNorm, then Dense, x [..., in], or [E, ..., in] with weights [E, in, out]."""
-    depth = sum(name.startswith(f"{prefix}.layers.") and name.endswith("weight") for name in p)
-    for i in range(depth):
-        w, b = p[f"{prefix}.layers.{i}.weight"], p[f"{prefix}.layers.{i}.bias"]
-        if w.ndim == 3:
-            x = np.einsum("e...i,eio->e...o", x, w) + b.reshape(b.shape[0], *(1,) * (x.ndim - 2), -1)
-        else:
-            x = x @ w + b
-        if i + 1 < depth:
-            x = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-            if norm:
-                scale, shift = p[f"{prefix}.norms.{i}.weight"], p[f"{prefix}.norms.{i}.bias"]
-                if scale.ndim == 2:
-                    scale, shift = (v.reshape(v.shape[0], *(1,) * (x.ndim - 2), -1) for v in (scale, shift))
-                x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + shift
-    return x
-
-
-def floq_losses(p, frozen, c, r_min, r_max, batch, n):
-    """Critic loss, actor loss, terms. `p` is differentiated, `frozen` is the same weights behind stop-gradients."""
-    horizon = 1 / (1 - c.discount)
-    low, high = (r_min - c.reward_offset) * horizon, (r_max + c.reward_offset) * horizon
-    noise_low, noise_high = c.noise_coverage * r_min * horizon, c.noise_coverage * r_max * horizon
-    members, samples, rows = c.flow_num_ensembles, c.noise_samples, len(batch["rewards"])
-
-    def velocity(p, net, cond, z, t):  # cond [B, S, C], z [E, B, S], t [B, S]
-        if c.use_prob_embed:
-            width = (high - low) / (c.num_bins - 1)
-            edges = low + width * np.arange(c.num_bins)
-            cdf = _erf((edges - z[..., None]) / (math.sqrt(2) * c.sigma * width))
-            features = (cdf[..., 1:] - cdf[..., :-1]) / (cdf[..., -1:] - cdf[..., :1])
-        else:
-            features = ((z - low) / (high - low))[..., None]
-        time = {
-            "cosine": lambda: np.cos(t)[..., None],
-            "fourier": lambda: np.cos(np.pi * t[..., None] * np.arange(1, c.time_embed_dim + 1)),
-            "raw": lambda: t[..., None],
-        }[c.time_embedding]()
-        shape = (members, rows, samples)
-        x = [np.broadcast_to(f, (*shape, f.shape[-1])) for f in (cond, features, time)]
-        return dense_stack(p, f"{net}.field", np.concatenate(x, -1), c.layer_norm)[..., 0]
-
-    def walk(net, cond, u):
-        z = np.broadcast_to((1 - u) * noise_low + u * noise_high, (members, rows, samples))
-        for k in range(c.critic_flow_steps):
-            time = np.full((rows, samples), k / c.critic_flow_steps)
-            z = z + velocity(frozen, net, cond, z, time) / c.critic_flow_steps
-        return z
-
-    def per_sample(x):
-        return np.repeat(x[:, None], samples, axis=1)
-
-    def actor(p, obs, noise):
-        return dense_stack(p, "actor_onestep_flow.network", np.concatenate([obs, noise], -1), c.actor_layer_norm)
-
-    def critic(p, obs, act):
-        x = np.concatenate([obs, act], -1)
-        x = np.broadcast_to(x, (c.num_ensembles, *x.shape))
-        return dense_stack(p, "critic.network", x, c.layer_norm)[..., 0]
-
-    obs, act, next_obs = batch["observations"], batch["actions"], batch["next_observations"]
-    next_act = np.clip(actor(frozen, per_sample(next_obs), n["next_action"]), -1, 1)
-    next_q = walk("target_floq", np.concatenate([per_sample(next_obs), next_act], -1), n["target_start"])
-    next_q = next_q.min(0) if c.q_agg == "min" else next_q.mean(0)
-    y = np.mean(batch["rewards"][:, None] + c.discount * batch["masks"][:, None] * next_q, axis=1)
-    cond = np.concatenate([per_sample(obs), per_sample(act)], -1)
-    q = walk("floq", cond, n["start"])
-    t = np.zeros_like(n["time"]) if c.train_at_zero_only else n["time"]
-    x_0 = (1 - n["start"]) * noise_low + n["start"] * noise_high
-    z_t = np.broadcast_to((1 - t) * x_0 + t * y[:, None], (members, rows, samples))
-    error = velocity(p, "floq", cond, z_t, t) - (y[:, None] - x_0)
-    floq_loss = np.sum(error**2) / (members * rows)
-    critic_distill = np.mean((critic(p, obs, act) - q.mean(2).mean(0)) ** 2)
-
-    def bc_velocity(p, x, t):
-        return dense_stack(p, "actor_bc_flow.field", np.concatenate([obs, x, t], -1), c.actor_layer_norm)
-
-    t = n["bc_time"][:, None]
-    bc_loss = np.mean((bc_velocity(p, (1 - t) * n["bc_noise"] + t * act, t) - (act - n["bc_noise"])) ** 2)
-    x = n["action"]
-    for k in range(c.flow_steps):
-        x = x + bc_velocity(frozen, x, np.full((rows, 1), k / c.flow_steps)) / c.flow_steps
-    a = actor(p, obs, n["action"])
-    distill = np.mean((a - np.clip(x, -1, 1)) ** 2)
-    q_pi = critic(frozen, obs, np.clip(a, -1, 1)).mean(0)
-    q_loss = -q_pi.mean()
-    if c.normalize_q_loss:
-        frozen_a = np.clip(actor(frozen, obs, n["action"]), -1, 1)
-        q_loss = q_loss / np.abs(critic(frozen, obs, frozen_a).mean(0)).mean()
-    terms = {
-        "critic/floq_loss": floq_loss,
-        "critic/distill_loss": critic_distill,
-        "critic/q_mean": q.mean(),
-        "critic/q_min": q.mean((0, 2)).min(),
-        "critic/q_max": q.mean((0, 2)).max(),
-        "critic/target_mean": y.mean(),
-        "critic/var_flow_returns": q.var(2).mean(),
-        "actor/bc_flow_loss": bc_loss,
-        "actor/distill_loss": distill,
-        "actor/q_loss": q_loss,
-        "actor/q": q_pi.mean(),
-    }
-    return floq_loss + critic_distill, bc_loss + c.alpha * distill + q_loss, terms
 
 
 # Fixtures -----------------------------------------------------------------------------------------------------------
@@ -150,6 +37,8 @@ def random_batch(dtype=torch.float32, rows=B, seed=0):
         "rewards": -2 * uniform(rows),
         "masks": (uniform(rows) > 0.3).to(dtype),
         "terminals": torch.zeros(rows, dtype=dtype),
+        "next_actions": 2 * uniform(rows, A) - 1,
+        "returns": -100 * uniform(rows),
     }
 
 
@@ -178,7 +67,7 @@ def arrays(agent):
 
 
 def as_numpy(tensors):
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+    return {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
 
 
 def equal_states(a, b):
@@ -188,83 +77,221 @@ def equal_states(a, b):
 
 # The update ---------------------------------------------------------------------------------------------------------
 
+# Small enough for the derivative by every weight.
+TINY = {
+    "block_width": 5,
+    "block_depth": 2,
+    "value_hidden_dims": (4, 3),
+    "actor_hidden_dims": (4, 3),
+    "num_bins": 6,
+    "sigma": 2.0,
+    "lr": 1e-2,
+    "tau": 0.1,
+    "noise_samples": 2,
+    "critic_flow_steps": 3,
+    "flow_steps": 4,
+}
 VARIANTS = {
-    "published": {"noise_samples": 3},
-    "min": {"noise_samples": 3, "q_agg": "min", "discount": 0.9},
+    "published": {
+        "num_bins": 51,
+        "sigma": 16.0,
+        "noise_samples": 8,
+        "critic_flow_steps": 8,
+        "flow_steps": 10,
+        "tau": 0.005,
+        "lr": 3e-4,
+    },
+    "min": {"q_agg": "min", "discount": 0.9, "flow_num_ensembles": 3},
+    "four_layers": {"block_depth": 4, "noise_samples": 3},
     "one_layer_scalar": {"block_depth": 1, "use_prob_embed": False, "noise_samples": 1},
-    "fourier": {"time_embedding": "fourier", "time_embed_dim": 4, "noise_samples": 2, "sigma": 3.0, "num_bins": 21},
-    "raw_time_no_norm": {"time_embedding": "raw", "layer_norm": False, "noise_samples": 2},
-    "at_zero": {"train_at_zero_only": True, "critic_flow_steps": 1, "noise_samples": 2},
-    "normalized_actor_norm": {
-        "normalize_q_loss": True,
-        "actor_layer_norm": True,
-        "noise_samples": 2,
-        "noise_coverage": 0.25,
+    "fourier": {"time_embedding": "fourier", "time_embed_dim": 4},
+    "raw_time_no_norm": {"time_embedding": "raw", "layer_norm": False},
+    "at_zero": {"train_at_zero_only": True, "critic_flow_steps": 1},
+    "normalized_actor_norm": {"normalize_q_loss": True, "actor_layer_norm": True, "noise_coverage": 0.25},
+    "more_members": {"flow_num_ensembles": 3, "num_ensembles": 1, "noise_samples": 4},
+    "fewer_members": {"flow_num_ensembles": 1, "num_ensembles": 3},
+    "residual": {"use_resnets": True, "num_transformations": 2, "block_depth": 2},
+    "residual_norm_first": {
+        "use_resnets": True,
+        "num_transformations": 3,
+        "block_depth": 1,
+        "activate_before_layernorm": False,
+        "q_agg": "min",
     },
-    "ensembles": {
-        "flow_num_ensembles": 3,
-        "num_ensembles": 1,
-        "noise_samples": 2,
-        "critic_flow_steps": 3,
-        "flow_steps": 4,
-    },
+    "endpoint": {"prediction": "endpoint"},
+    "distributional": {"backup": "distributional", "q_agg": "min", "noise_samples": 3},
+    "sarsa_noise": {"critic_target": "data", "target_noise": 2.0},
+    "distributional_noise": {"backup": "distributional", "target_noise": 2.0},
+    "monte_carlo": {"critic_target": "returns"},
 }
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_losses_and_gradients(name, backend):
-    agent = make_agent(torch.float64, backend=backend, **VARIANTS[name])
-    disturb(agent)
+def test_two_updates(name):
+    """Metrics, all gradients, Adam's moments, weights and the target's lag."""
+    settings = {**TINY, **VARIANTS[name]}
+    agents_ = [make_agent(torch.float64, backend=backend, **settings) for backend in (None, "reference")]
+    for agent in agents_:
+        disturb(agent)
+    agent, config = agents_[0], agents_[0].config
     batch = random_batch(torch.float64)
+    given = as_numpy(batch)
+    weights, moments = arrays(agent), {}
+    for step in (1, 2):
+        noise = upcoming_noise(agent, batch)
+        statement = Statement(config, -2.0, -0.5, given, as_numpy(dataclasses.asdict(noise)))
+        metrics, gradients = statement.metrics(weights), statement.gradients(weights)
+        for other in agents_:
+            critic_loss, actor_loss, found = other.losses(batch, noise)
+            assert found.keys() == metrics.keys() | {"critic/outside_range"}
+            for term, value in metrics.items():
+                assert found[term].shape == () and not found[term].requires_grad
+                np.testing.assert_allclose(found[term].item(), value, rtol=1e-9, atol=1e-12, err_msg=term)
+            parameters = dict(other.networks.named_parameters())
+            own = torch.autograd.grad(critic_loss + actor_loss, [parameters[n] for n in gradients])
+            for (parameter, expected), gradient in zip(gradients.items(), own, strict=True):
+                np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-7, atol=1e-10, err_msg=parameter)
+        weights, moments = floq_statement.update(weights, moments, step, gradients, config.lr, config.tau)
+        for other in agents_:
+            other.update(batch)
+            state = other.state_dict()
+            for parameter, expected in weights.items():
+                # Adam divides small gradients by themselves, rounding included.
+                np.testing.assert_allclose(state[parameter].numpy(), expected, rtol=1e-6, atol=1e-8, err_msg=parameter)
+            for parameter, pair in moments.items():
+                for key, expected in zip(("exp_avg", "exp_avg_sq"), pair, strict=True):
+                    moment = state[f"adam/{key}/{parameter}"].numpy()
+                    np.testing.assert_allclose(moment, expected, rtol=1e-6, atol=1e-10, err_msg=parameter)
+
+
+def upcoming_noise(agent, batch):
+    """The noise of the agent's next update."""
+    state = agent.generator.get_state()
     noise = agent.sample_noise(batch)
-    critic_loss, actor_loss, metrics = agent.losses(batch, noise)
-    (critic_loss + actor_loss).backward()
-
-    p = arrays(agent)
-    frozen = {name: value.copy() for name, value in p.items()}
-    given = as_numpy(dataclasses.asdict(noise))
-
-    def statement():
-        return floq_losses(p, frozen, agent.config, -2.0, 0.0, as_numpy(batch), given)
-
-    expected_critic, expected_actor, terms = statement()
-    np.testing.assert_allclose(critic_loss.item(), expected_critic, rtol=1e-10)
-    np.testing.assert_allclose(actor_loss.item(), expected_actor, rtol=1e-10)
-    terms |= {"critic/critic_loss": expected_critic, "actor/actor_loss": expected_actor}
-    assert metrics.keys() == terms.keys()
-    for term, value in terms.items():
-        assert metrics[term].shape == () and not metrics[term].requires_grad
-        np.testing.assert_allclose(metrics[term].item(), value, rtol=1e-10, atol=1e-12, err_msg=term)
-
-    rng = np.random.default_rng(0)
-    for parameter_name, parameter in agent.networks.named_parameters():
-        if parameter_name.startswith("target_"):
-            assert parameter.grad is None
-            continue
-        index = tuple(rng.integers(n) for n in parameter.shape)
-        step, at = 1e-5, p[parameter_name][index]
-        values = []
-        for shift in (step, -step):
-            p[parameter_name][index] = at + shift
-            values.append(sum(statement()[:2]))
-        p[parameter_name][index] = at
-        difference = (values[0] - values[1]) / (2 * step)
-        scale = float(parameter.grad.abs().max())
-        np.testing.assert_allclose(
-            parameter.grad[index].item(), difference, rtol=1e-5, atol=1e-6 * (1 + scale), err_msg=parameter_name
-        )
+    agent.generator.set_state(state)
+    return noise
 
 
 def test_as_many_rows_as_members_and_samples():
     """Nothing but their place tells the axes apart."""
-    agent = make_agent(torch.float64, noise_samples=2)
-    batch = random_batch(torch.float64, rows=2)
-    noise = agent.sample_noise(batch)
-    critic_loss, actor_loss, _ = agent.losses(batch, noise)
-    p, given = arrays(agent), as_numpy(dataclasses.asdict(noise))
-    expected = floq_losses(p, p, agent.config, -2.0, 0.0, as_numpy(batch), given)
-    np.testing.assert_allclose([critic_loss.item(), actor_loss.item()], expected[:2], rtol=1e-10)
+    for settings in ({}, {"backup": "distributional"}):
+        agent = make_agent(torch.float64, noise_samples=2, **settings)
+        batch = random_batch(torch.float64, rows=2)
+        noise = agent.sample_noise(batch)
+        metrics = agent.losses(batch, noise)[2]
+        statement = Statement(agent.config, -2.0, 0.0, as_numpy(batch), as_numpy(dataclasses.asdict(noise)))
+        for name, value in statement.metrics(arrays(agent)).items():
+            np.testing.assert_allclose(metrics[name].item(), value, rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+def test_endpoint_walks_end_at_the_last_prediction():
+    agent = make_agent(torch.float64, prediction="endpoint", critic_flow_steps=4)
+    disturb(agent)
+    batch, u = random_batch(torch.float64), torch.rand(B, 3, dtype=torch.float64)
+    path = agent.flow_paths(batch["observations"], batch["actions"], u)
+    field = agent.networks.floq.field
+    cond = torch.cat((batch["observations"], batch["actions"]), -1).unsqueeze(1)
+    before, t = path[..., -2:-1], torch.tensor(0.75, dtype=torch.float64)
+    velocity = field(before, t, cond)
+    torch.testing.assert_close(path[..., -1:], before + velocity / 4)
+    prediction = before + velocity * (1 - 0.75)
+    torch.testing.assert_close(path[..., -1:], prediction)
+
+
+def test_distributional_backups_keep_what_expected_ones_average():
+    """With one target for all samples the two are the same; else the mean target is, and the spread is learnt."""
+    both = [make_agent(torch.float64, noise_samples=3, backup=backup) for backup in ("expected", "distributional")]
+    batch = random_batch(torch.float64)
+    noise = both[0].sample_noise(batch)
+    expected, distributional = (agent.losses(batch, noise)[2] for agent in both)
+    torch.testing.assert_close(expected["critic/target_mean"], distributional["critic/target_mean"])
+    assert not torch.equal(expected["critic/floq_loss"], distributional["critic/floq_loss"])
+    batch["masks"].zero_()
+    expected, distributional = (agent.losses(batch, noise)[2] for agent in both)
+    torch.testing.assert_close(expected["critic/floq_loss"], distributional["critic/floq_loss"])
+
+
+def test_frozen_features_and_a_new_head():
+    settings = {**TINY, "freeze_features_at": 2}
+    agent, free = make_agent(**settings), make_agent(**{**settings, "freeze_features_at": 0})
+    batch = random_batch()
+    for _ in range(2):
+        agent.update(batch)
+        free.update(batch)
+    assert all(torch.equal(value, free.state_dict()[name]) for name, value in agent.state_dict().items())
+    before = agent.state_dict()
+    agent.update(batch)
+    resumed = make_agent(**settings)
+    resumed.load_state_dict(agent.state_dict())
+    after = agent.state_dict()
+    head = ("floq.field.layers.2.weight", "floq.field.layers.2.bias")
+    for name in (n for n in before if n.startswith("floq.")):
+        assert torch.equal(before[name], after[name]) == (name not in head), name
+    # Drawn anew with its target, then one update of Adam's first size.
+    old, new, target = (x[head[0]] for x in (before, after, {head[0]: after[f"target_{head[0]}"]}))
+    assert (new - old).abs().max() > 5 * settings["lr"]
+    torch.testing.assert_close((new - target).abs(), torch.full_like(new, settings["lr"]), rtol=1e-2, atol=0)
+    assert not torch.equal(before["critic.network.layers.0.weight"], after["critic.network.layers.0.weight"])
+    for _ in range(3):
+        ours, theirs = agent.update(batch), resumed.update(batch)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert equal_states(agent.state_dict(), resumed.state_dict())
+    assert torch.equal(agent.state_dict()["floq.field.layers.0.weight"], before["floq.field.layers.0.weight"])
+    # Back to before: everything learns again.
+    agent.load_state_dict({**before, "step": torch.tensor(0)})
+    agent.update(batch)
+    assert not torch.equal(agent.state_dict()["floq.field.layers.0.weight"], before["floq.field.layers.0.weight"])
+
+
+def test_statistics_of_walks():
+    agent = make_agent(torch.float64, critic_flow_steps=4, noise_samples=3)
+    disturb(agent)
+    batch, u = random_batch(torch.float64), torch.rand(B, 3, dtype=torch.float64)
+    path = agent.flow_paths(batch["observations"], batch["actions"], u).numpy()
+    found = {
+        name: float(value) for name, value in agent.flow_statistics(batch["observations"], batch["actions"], u).items()
+    }
+    steps = np.diff(path)
+    whole = path[..., -1] - path[..., 0]
+    low, high = agent.networks.floq.value_range
+    expected = {f"flow/displacement.{k}": np.abs(steps[..., k]).mean() for k in range(4)} | {
+        "flow/curvature": ((4 * steps - whole[..., None]) ** 2).mean() / (whole**2).mean(),
+        "flow/variance": path[..., -1].var(2).mean(),
+        "flow/outside_range": ((path < low) | (path > high)).mean(),
+    }
+    norm = found.pop("flow/feature_norm")
+    assert found == pytest.approx(expected)
+    # The head is linear in the features: with every weight 1, it adds them up.
+    field = agent.networks.floq.field
+    cond = torch.cat((batch["observations"], batch["actions"]), -1).unsqueeze(1)
+    z_0 = torch.from_numpy(path[..., :1].copy())
+    rows = []
+    with torch.no_grad():
+        field.layers[-1].bias.zero_()
+        for i in range(8):
+            field.layers[-1].weight.zero_()[:, i] = 1
+            rows.append(field(z_0, torch.zeros(()), cond))
+    assert norm == pytest.approx(torch.cat(rows, -1).norm(dim=-1).mean().item())
+
+
+def test_values_outside_their_range_are_counted_and_said():
+    agent = make_agent(noise_samples=2)
+    batch = random_batch()
+    metrics = {name: value.item() for name, value in agent.update(batch).items()}
+    assert metrics["critic/outside_range"] == 0 and agent.advise(metrics) is None
+    with torch.no_grad():
+        agent.networks.floq.field.layers[-1].bias[0] = 500.0
+    metrics = {name: value.item() for name, value in agent.update(batch).items()}
+    share = metrics["critic/outside_range"]
+    assert 0.25 <= share < 0.4  # one of two members, of one of two fields, and what strays
+    advice = agent.advise(metrics)
+    assert advice.startswith(
+        f"{share:.1%} of the flow critic's values lie outside [-201, 1], all that rewards in [-2, 0]"
+    )
+    # Far outside, where the published features are 0 / 0, they are clamped.
+    with torch.no_grad():
+        agent.networks.floq.field.layers[-1].bias[0] = -1e6
+    assert all(value.isfinite() for value in agent.update(batch).values())
 
 
 def test_each_network_gets_its_gradient_from_one_loss():
@@ -289,38 +316,17 @@ def test_each_network_gets_its_gradient_from_one_loss():
     }
 
 
-def test_update_is_adam_and_the_target_lags_one_step():
+def test_the_target_lags_one_step():
     agent = make_agent(torch.float64, tau=0.1, lr=1e-2, noise_samples=2)
     batch = random_batch(torch.float64)
     theta = [arrays(agent)]
-    assert all(np.array_equal(theta[0][n], theta[0][f"target_{n}"]) for n in theta[0] if n.startswith("floq."))
-    mean = dict.fromkeys(theta[0], 0.0)
-    square = dict(mean)
-    for step in (1, 2, 3):
-        state = agent.generator.get_state()
-        critic_loss, actor_loss, _ = agent.losses(batch, agent.sample_noise(batch))
-        agent.generator.set_state(state)
-        trained = [n for n in theta[0] if not n.startswith("target_")]
-        parameters = dict(agent.networks.named_parameters())
-        grads = torch.autograd.grad(critic_loss + actor_loss, [parameters[n] for n in trained])
+    for _ in range(2):
         agent.update(batch)
         theta.append(arrays(agent))
-        assert agent.step == step
-        for name, grad in zip(trained, grads, strict=True):
-            g = grad.numpy()
-            mean[name] = 0.9 * mean[name] + 0.1 * g
-            square[name] = 0.999 * square[name] + 0.001 * g**2
-            m, v = mean[name] / (1 - 0.9**step), square[name] / (1 - 0.999**step)
-            np.testing.assert_allclose(
-                theta[-1][name], theta[-2][name] - 1e-2 * m / (np.sqrt(v) + 1e-8), rtol=1e-9, atol=1e-12, err_msg=name
-            )
-        for name in (n for n in trained if n.startswith("floq.")):
-            target, previous = theta[-1][f"target_{name}"], theta[-2][f"target_{name}"]
-            np.testing.assert_allclose(target, 0.1 * theta[-2][name] + 0.9 * previous, rtol=1e-12, atol=1e-15)
-            if step == 1:
-                assert np.array_equal(target, theta[0][name])
-            if step == 2:
-                np.testing.assert_allclose(target, 0.1 * theta[1][name] + 0.9 * theta[0][name], rtol=1e-12, atol=1e-15)
+    for name in (n for n in theta[0] if n.startswith("floq.")):
+        first, second, third = (weights[f"target_{name}"] for weights in theta)
+        assert np.array_equal(first, theta[0][name]) and np.array_equal(second, first)
+        np.testing.assert_allclose(third, 0.1 * theta[1][name] + 0.9 * theta[0][name], rtol=1e-12, atol=1e-15)
     # No history hangs on the target: it would grow with every update.
     assert not any(p.requires_grad or p.grad_fn for p in agent.networks.target_floq.parameters())
 
@@ -328,7 +334,8 @@ def test_update_is_adam_and_the_target_lags_one_step():
 def test_noise():
     agent = make_agent(noise_samples=4)
     noise = agent.sample_noise(random_batch(rows=2000))
-    shapes = {f.name: list(getattr(noise, f.name).shape) for f in dataclasses.fields(FloqNoise)}
+    assert noise.target is None
+    shapes = {f.name: list(getattr(noise, f.name).shape) for f in dataclasses.fields(FloqNoise) if f.name != "target"}
     assert shapes == {
         "next_action": [2000, 4, A],
         "target_start": [2000, 4],
@@ -345,6 +352,8 @@ def test_noise():
         x = getattr(noise, name)
         assert x.min() >= 0 and x.max() < 1 and abs(x.mean() - 0.5) < 0.03
     assert not torch.equal(noise.target_start, noise.start)
+    noisy = make_agent(noise_samples=4, target_noise=1.0).sample_noise(random_batch(rows=2000))
+    assert torch.equal(noisy.start, noise.start) and abs(noisy.target.std() - 1) < 0.05
 
 
 def test_observation_statistics():
@@ -425,7 +434,10 @@ def test_validate_changes_nothing():
     before = agent.state_dict()
     first, second = agent.validate(batch), agent.validate(batch)
     assert equal_states(before, agent.state_dict())
-    assert first.keys() == agent.update(batch).keys()
+    updated = agent.update(batch).keys()
+    walks = [f"flow/displacement.{k}" for k in range(8)]
+    walks += [f"flow/{name}" for name in ("curvature", "variance", "outside_range", "feature_norm")]
+    assert list(first) == [*updated, *walks]
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -651,6 +663,13 @@ def test_learning_rate():
         ({"noise_coverage": -0.1}, ValueError, "noise_coverage must be"),
         ({"reward_offset": 0.0}, ValueError, "reward_offset must be"),
         ({"time_embedding": "sine"}, ValueError, "time_embedding must be one of"),
+        ({"prediction": "noise"}, ValueError, "prediction must be one of"),
+        ({"backup": "quantile"}, ValueError, "backup must be one of"),
+        ({"critic_target": "sarsa"}, ValueError, "critic_target must be one of"),
+        ({"target_noise": -1.0}, ValueError, "target_noise must be at least 0"),
+        ({"freeze_features_at": -1}, ValueError, "freeze_features_at must be at least 0"),
+        ({"use_resnets": 1}, TypeError, "use_resnets must be True or False"),
+        ({"num_transformations": 0}, ValueError, "num_transformations must be at least 1"),
         ({"time_embed_dim": 0}, ValueError, "time_embed_dim must be"),
         ({"block_width": 0}, ValueError, "block_width must be"),
         ({"block_depth": True}, TypeError, "block_depth must be an int"),
@@ -713,6 +732,17 @@ def test_batch_errors(change, error, message):
         with pytest.raises(error, match=message):
             call(batch)
     assert equal_states(before, agent.state_dict())
+
+
+def test_batches_hold_what_the_target_needs():
+    for target, key, shape in (("data", "next_actions", r"\[5, 2\]"), ("returns", "returns", r"\[5\]")):
+        agent, batch = make_agent(critic_target=target), random_batch()
+        assert agent.update(batch)["critic/critic_loss"].isfinite()
+        with pytest.raises(ValueError, match=f"{key} must be {shape}"):
+            agent.update({**batch, key: batch[key][:3]})
+        del batch[key]
+        with pytest.raises(ValueError, match=f"batch must have {key} where critic_target is '{target}'"):
+            agent.update(batch)
 
 
 def test_observation_errors():

@@ -74,11 +74,12 @@ def test_ranges_follow_the_rewards_as_in_the_paper():
     assert q.start(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([-10.0, 0.0])
 
 
+@pytest.mark.parametrize("targets", [1, 3])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_critic_loss_regresses_on_target_minus_start(reduction):
+def test_critic_loss_regresses_on_target_minus_start(reduction, targets):
     q = critic(ensemble=2)
     obs, action = inputs(5)
-    target, noise, t, weight = torch.randn(5, 1), torch.rand(5, 3), torch.rand(5, 3), torch.rand(5)
+    target, noise, t, weight = torch.randn(5, targets), torch.rand(5, 3), torch.rand(5, 3), torch.rand(5)
     got = q.loss(obs, action, target, noise, t, weight=weight, reduction=reduction)
     z_0 = q.start(noise)
     z_t = (1 - t) * z_0 + t * target

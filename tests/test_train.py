@@ -317,7 +317,9 @@ def test_resuming_from_a_truncated_checkpoint(settings):
 def test_loss_that_is_not_finite(settings):
     made = settings(steps=1000, save_interval=1, log_interval=100, agent={"lr": 1e30})
     with pytest.raises(
-        UserError, match=r"is not finite since update \d+: training stopped.*last good checkpoint is"
+        UserError,
+        # The cause, not the loss that follows from it.
+        match=r"training/critic/(target|q)_mean is not finite since update \d+: training stopped.*last good checkpoint",
     ) as error:
         train(made, out=quiet)
     run = Run.open(made.run_dir)
@@ -344,6 +346,26 @@ def test_loss_that_is_not_finite_is_dated(settings, transitions, tmp_path):
 def test_validation_that_is_not_finite(settings):
     with pytest.raises(UserError, match=r"validation/\w+/\w+ is not finite after update 1: training stopped"):
         train(settings(log_interval=1, agent={"lr": 1e30}), out=quiet)
+
+
+def test_the_agent_s_advice_is_said_once(settings):
+    lines = []
+    # Starts three times as wide as all that the rewards allow.
+    train(settings(log_interval=5, agent={"noise_coverage": 3.0}), out=lines.append)
+    (advice,) = [line for line in lines if line.startswith("warning: ")]
+    assert advice.startswith("warning: update 5: ") and "of the flow critic's values lie outside [-101, 1]" in advice
+    lines = []
+    train(settings("quiet", log_interval=5), out=lines.append)
+    assert not any("warning" in line for line in lines)
+
+
+def test_targets_from_the_data(settings):
+    for target in ("data", "returns"):
+        run = train(settings(target, agent={"critic_target": target}), out=quiet).run
+        (*_, row) = run.train.rows()
+        assert row["validation/critic/critic_loss"] > 0
+        again = train(settings(f"{target}2", agent={"critic_target": target}), out=quiet).run
+        assert losses(run) == losses(again)
 
 
 def test_existing_folder_is_refused_and_kept(settings, tmp_path):

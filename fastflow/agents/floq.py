@@ -10,6 +10,7 @@ Letters: B batch, E members of the flow critic, S noise samples per transition, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -27,7 +28,8 @@ from fastflow.agents.fql_actor import (
     FqlActorNoise,
     reward_range,
 )
-from fastflow.fields import Cosine, CosineFourier, RawTime, Scaled, TimeEmbedding
+from fastflow.features import feature_norm
+from fastflow.fields import MLP, Cosine, CosineFourier, RawTime, ResidualMLP, Scaled, TimeEmbedding
 from fastflow.modules import FlowCritic, ValueNetwork, value_ranges
 
 __all__ = ["PRESETS", "FloqAgent", "FloqConfig", "FloqNetworks", "FloqNoise", "preset_for", "reward_range"]
@@ -69,10 +71,31 @@ class FloqConfig(FqlActorConfig):
     """Number of features of the fourier time embedding."""
     train_at_zero_only: bool = False
     """Train the flow critic at t = 0 alone (an ablation)."""
+    prediction: Literal["velocity", "endpoint"] = "velocity"
+    """What the flow critic's network puts out. endpoint (an ablation) is the value itself: the walk follows
+    (value - z) / (1 - t), where 1 - t is 1 / K at least, and the loss is the squared error of the value."""
+    backup: Literal["expected", "distributional"] = "expected"
+    """expected: all noise samples of a transition learn the mean of its bootstrapped values. distributional (an
+    ablation): each learns its own."""
+    critic_target: Literal["policy", "data", "returns"] = "policy"
+    """What follows a transition in the critic's target: the policy's action (Q-learning), the dataset's (SARSA), or
+    the dataset's whole return, without bootstrapping (Monte Carlo). The last two are ablations."""
+    target_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the critic's targets (an ablation)."""
+    freeze_features_at: int = 0
+    """Update before which the flow critic's hidden layers stop learning and its head begins anew (an ablation); 0 is
+    never."""
     block_width: int = 512
     """Width of the flow critic's hidden layers."""
     block_depth: int = 4
-    """Number of the flow critic's hidden layers."""
+    """Number of the flow critic's hidden layers; with use_resnets of the hidden layers in each block."""
+    use_resnets: bool = False
+    """A residual flow critic: one hidden layer, then num_transformations blocks whose output is added to their
+    input."""
+    num_transformations: int = 2
+    """Blocks of the residual flow critic."""
+    activate_before_layernorm: bool = True
+    """Whether the flow critic's hidden layers apply LayerNorm behind the activation, or before it."""
     value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
     """Hidden layers of the distilled critic."""
 
@@ -80,6 +103,11 @@ class FloqConfig(FqlActorConfig):
         super().__post_init__()
         check_widths(self, "value_hidden_dims")
         check_config(self, _LEAST, _RANGES, _CHOICES)
+
+    @property
+    def further_keys(self) -> tuple[str, ...]:
+        """What a batch must hold beside the usual keys, see `fastflow.data.Dataset.with_behaviour`."""
+        return {"policy": (), "data": ("next_actions",), "returns": ("returns",)}[self.critic_target]
 
 
 _LEAST = {
@@ -91,14 +119,20 @@ _LEAST = {
     "time_embed_dim": 1,
     "block_width": 1,
     "block_depth": 1,
+    "num_transformations": 1,
+    "freeze_features_at": 0,
 }
 _RANGES = {
     "noise_coverage": (lambda x: x >= 0, "at least 0"),
+    "target_noise": (lambda x: x >= 0, "at least 0"),
     "sigma": (lambda x: x > 0, "a positive number of bins"),
     "reward_offset": (lambda x: x > 0, "a positive number"),
 }
 _CHOICES = {
     "time_embedding": ("cosine", "fourier", "raw"),
+    "prediction": ("velocity", "endpoint"),
+    "backup": ("expected", "distributional"),
+    "critic_target": ("policy", "data", "returns"),
 }
 
 # The published settings: environment and dataset type -> ("floq (default)", what "floq (best)" changes, what online
@@ -173,6 +207,9 @@ def preset_for(env_name: str) -> str | None:
 
 # The agent ----------------------------------------------------------------------------------------------------------
 
+# The share of values outside their range that is warned about.
+_OUTSIDE = 0.05
+
 
 @dataclasses.dataclass
 class FloqNoise(FqlActorNoise):
@@ -186,6 +223,8 @@ class FloqNoise(FqlActorNoise):
     """Uniform, [B, S]: where the online field's walks start, and the x_0 of its loss."""
     time: Tensor
     """Uniform, [B, S]: times of the critic's loss."""
+    target: Tensor | None = None
+    """Gaussian, [B]: noise of the critic's targets; None without `target_noise`."""
 
 
 class FloqNetworks(FqlActorNetworks):
@@ -222,7 +261,10 @@ class FloqNetworks(FqlActorNetworks):
                 action_dim,
                 value_range=value_range,
                 noise_range=noise_range,
-                hidden=(config.block_width,) * config.block_depth,
+                hidden=(config.block_width,) * _hidden_layers(config),
+                architecture=ResidualMLP(config.block_depth) if config.use_resnets else MLP(),
+                norm_first=config.layer_norm and not config.activate_before_layernorm,
+                prediction=config.prediction,
                 ensemble=config.flow_num_ensembles,
                 num_steps=config.critic_flow_steps,
                 num_samples=config.noise_samples,
@@ -247,11 +289,56 @@ class FloqAgent(FqlActorAgent):
     """floq's networks, their training and the policy; see `fastflow.agents.fql_actor.FqlActorAgent` for arguments and
     use.
 
-    Metrics under `critic/` are the losses, the mean, lowest and highest value of the batch by floq, the mean target and
-    the variance of a value over its noise samples; `actor/q` is by the distilled critic.
+    Metrics under `critic/` are the losses, the mean, lowest and highest value of the batch by floq, the mean target,
+    the mean distance of a value from its target (`td_error`), the variance of a value over its noise samples
+    (`var_flow_returns`), and the share of walks, the target's and the online field's, that end outside the range of
+    values (`outside_range`); `actor/q` is by the distilled critic.
+
+    With another `critic_target` than the policy, batches also hold next_actions [B, A] or returns [B].
     """
 
     config_class = FloqConfig
+
+    def update(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One update, see `FqlActorAgent.update`; the one that `freeze_features_at` names begins with a new head."""
+        if self.config.freeze_features_at and self.step == self.config.freeze_features_at:
+            self._check_batch(batch)
+            self._renew_head()
+        return super().update(batch)
+
+    def validate(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `update` returns, without an update, on noise that depends on seed and step alone, and what the flow
+        critic's walks look like (`flow_statistics`)."""
+        metrics = super().validate(batch)
+        generator = torch.Generator(self.device).manual_seed(self.seed + self.step)
+        noise = self.sample_noise(batch, generator)
+        return metrics | self.flow_statistics(batch["observations"], batch["actions"], noise.start)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `FqlActorAgent.load_state_dict`."""
+        super().load_state_dict(state)
+        self._freeze_features(0 < self.config.freeze_features_at < self.step)
+
+    def _renew_head(self) -> None:
+        """Draws the flow critic's last layer anew, as seed and step decide, and freezes the others."""
+        networks = self.networks
+        fresh = copy.deepcopy(networks.floq.field.layers[-1]).to(device="cpu", dtype=torch.float32)
+        fresh.reset_parameters(torch.Generator().manual_seed(self.seed + self.step))
+        for field in (networks.floq.field, networks.target_floq.field):
+            field.layers[-1].load_state_dict(fresh.state_dict())
+        for parameter in networks.floq.field.layers[-1].parameters():
+            for moment in self.optimizer.state[parameter].values():
+                moment.zero_()
+        self._freeze_features(True)
+
+    def _freeze_features(self, frozen: bool) -> None:
+        head = self.networks.floq.field.layers[-1]
+        self.networks.floq.requires_grad_(not frozen)
+        head.requires_grad_(True)
+        if frozen:
+            # Adam began anew with the head.
+            for parameter in head.parameters():
+                self.optimizer.state[parameter]["step"].fill_(self.step - self.config.freeze_features_at)
 
     def _make_networks(self, generator: torch.Generator) -> FloqNetworks:
         return FloqNetworks(self.config, self.obs_dim, self.action_dim, self.reward_range, generator)
@@ -275,6 +362,7 @@ class FloqAgent(FqlActorAgent):
             bc_noise=bc_noise,
             bc_time=bc_time,
             action=action,
+            target=torch.randn(b, **options) if self.config.target_noise else None,
         )
 
     def _critic_loss(
@@ -283,37 +371,66 @@ class FloqAgent(FqlActorAgent):
         config, floq = self.config, self.networks.floq
         actions = batch["actions"]
         with torch.no_grad():
-            target_q, q = self._walk(obs, actions, next_obs, noise)  # [E, B, S] each
-            # Over members first, for each noise sample; then over noise samples.
-            next_q = (target_q.amin(0) if config.q_agg == "min" else target_q.mean(0)).mean(-1)
-            target = batch["rewards"] + config.discount * batch["masks"] * next_q
+            target_q, q = self._walk(obs, batch, next_obs, noise)  # [E, B, S] each
+            target = self._target_values(target_q, batch, noise)
             # Always the mean, also where the target takes the minimum.
             value = q.mean((0, 2))
         time = torch.zeros_like(noise.time) if config.train_at_zero_only else noise.time
         # The same start as the walk that gave `value`. The published loss is a sum over noise samples.
-        floq_loss = config.noise_samples * floq.loss(obs, actions, target, noise.start, time)
+        error = config.prediction
+        floq_loss = config.noise_samples * floq.loss(obs, actions, target, noise.start, time, error=error)
         distill_loss = (self.networks.critic(obs, actions).squeeze(-1) - value).square().mean()
         critic_loss = floq_loss + distill_loss
+        # What the others follow from comes first: where training stops because a number is not finite, the first such
+        # metric is named.
         return critic_loss, {
-            "critic_loss": critic_loss,
-            "floq_loss": floq_loss,
-            "distill_loss": distill_loss,
+            "target_mean": target.mean(),
             "q_mean": value.mean(),
             "q_min": value.min(),
             "q_max": value.max(),
-            "target_mean": target.mean(),
             "var_flow_returns": q.var(2, correction=0).mean(),
+            "td_error": (target.reshape(len(value), -1) - value.unsqueeze(-1)).abs().mean(),
+            "outside_range": self._share_outside(torch.stack((target_q, q))),
+            "floq_loss": floq_loss,
+            "distill_loss": distill_loss,
+            "critic_loss": critic_loss,
         }
 
-    def _walk(self, obs: Tensor, actions: Tensor, next_obs: Tensor, noise: FloqNoise) -> tuple[Tensor, Tensor]:
-        """Values of (next_obs, a fresh action per noise sample) by the target and of (obs, actions) by the online floq.
+    def _target_values(self, target_q: Tensor, batch: Mapping[str, Tensor], noise: FloqNoise) -> Tensor:
+        """What the critic learns, from the target field's values [E, B, S]: [B], or [B, S] with a distributional
+        backup."""
+        config = self.config
+        if config.critic_target == "returns":
+            target = batch["returns"]
+        else:
+            rewards, masks = batch["rewards"], batch["masks"]
+            # Over members first, for each noise sample; then over noise samples.
+            next_q = target_q.amin(0) if config.q_agg == "min" else target_q.mean(0)
+            if config.backup == "expected":
+                next_q = next_q.mean(-1)
+            else:
+                rewards, masks = rewards.unsqueeze(-1), masks.unsqueeze(-1)
+            target = rewards + config.discount * masks * next_q
+        if noise.target is None:
+            return target
+        return target + config.target_noise * noise.target.view(-1, *(1,) * (target.dim() - 1))
+
+    def _walk(
+        self, obs: Tensor, batch: Mapping[str, Tensor], next_obs: Tensor, noise: FloqNoise
+    ) -> tuple[Tensor, Tensor]:
+        """Values of (next_obs, its action, a fresh one per noise sample) by the target and of (obs, actions) by the
+        online floq.
 
         Both walks are one operation: the two fields' members stand one behind the other on its E axis. Both [E, B, S].
         """
+        config, actions = self.config, batch["actions"]
         floq, target_floq = self.networks.floq, self.networks.target_floq
-        e, (b, s) = self.config.flow_num_ensembles, noise.start.shape
+        e, (b, s) = config.flow_num_ensembles, noise.start.shape
         next_obs = next_obs.unsqueeze(1).expand(b, s, self.obs_dim)
-        next_actions = self.networks.actor_onestep_flow(next_obs, noise.next_action)
+        if config.critic_target == "data":
+            next_actions = batch["next_actions"].unsqueeze(1).expand(b, s, self.action_dim)
+        else:
+            next_actions = self.networks.actor_onestep_flow(next_obs, noise.next_action)
         next_cond = torch.cat((next_obs, next_actions), -1).view(1, b * s, -1)
         cond = torch.cat((obs, actions), -1).unsqueeze(1).expand(b, s, -1).reshape(1, b * s, -1)
         cond = torch.cat((next_cond.expand(e, -1, -1), cond.expand(e, -1, -1)))
@@ -322,9 +439,9 @@ class FloqAgent(FqlActorAgent):
             [target_floq.field, floq.field],
             start.expand(2, e, b * s, 1, 1).reshape(2 * e, b * s, 1, 1),
             cond,
-            num_steps=self.config.critic_flow_steps,
-            backend=self.config.backend,
-            precision=self.config.precision,
+            num_steps=config.critic_flow_steps,
+            backend=config.backend,
+            precision=config.precision,
         )
         target_q, q = z.view(2, e, b, s)
         return target_q, q
@@ -353,6 +470,60 @@ class FloqAgent(FqlActorAgent):
         steps = self.config.critic_flow_steps
         path = reference.integrate(floq.field.spec, parameters, start, cond, steps, trajectory=True)
         return path.squeeze(-1).movedim(0, -1)
+
+    @torch.no_grad()
+    def flow_statistics(self, observations: Tensor, actions: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """What the critic's walks look like, from what `flow_paths` takes; each 0-d.
+
+        Returns:
+            `flow/displacement.k`, the mean |z_(k+1) - z_k| of each step; `flow/curvature`, the mean over steps of
+            (v_k - (z_K - z_0))^2 as a share of the mean (z_K - z_0)^2, which is 0 for straight walks;
+            `flow/variance`, that of a value over its starts (Var_z(Q)); `flow/outside_range`, the share of all z_k
+            outside the range of values; `flow/feature_norm`, the mean norm of what the velocity network's head takes
+            at (z_0, t = 0).
+        """
+        path = self.flow_paths(observations, actions, noise)
+        steps = path.diff(dim=-1)
+        whole = path[..., -1:] - path[..., :1]
+        velocities = steps.shape[-1] * steps
+        cond = torch.cat((self._normalize(observations), actions), -1).unsqueeze(1)
+        return {
+            **{f"flow/displacement.{k}": size for k, size in enumerate(steps.abs().mean((0, 1, 2)))},
+            "flow/curvature": (velocities - whole).square().mean() / whole.square().mean().clamp_min(1e-12),
+            "flow/variance": path[..., -1].var(2, correction=0).mean(),
+            "flow/outside_range": self._share_outside(path),
+            "flow/feature_norm": feature_norm(self.networks.floq.field, path[..., :1], cond),
+        }
+
+    def advise(self, metrics: Mapping[str, float]) -> str | None:
+        """What to tell somebody who trains, from the means of an interval's metrics; None if nothing is amiss."""
+        share = metrics.get("critic/outside_range", 0.0)
+        if share <= _OUTSIDE:
+            return None
+        low, high = self.networks.floq.value_range
+        return (
+            f"{share:.1%} of the flow critic's values lie outside [{low:g}, {high:g}], all that rewards in "
+            f"[{self.reward_range[0]:g}, {self.reward_range[1]:g}] can add up to: it diverges, or the data's rewards "
+            "are not the task's. Its features tell such values apart less and less"
+        )
+
+    def _share_outside(self, z: Tensor) -> Tensor:
+        """Share of z outside the range of values, which is that of the HL-Gauss features."""
+        return (z.clamp(*self.networks.floq.value_range) != z).to(z.dtype).mean()
+
+    def _check_batch(self, batch: Mapping[str, Tensor]) -> None:
+        super()._check_batch(batch)
+        b = len(batch["rewards"])
+        for key in self.config.further_keys:
+            if key not in batch:
+                raise ValueError(
+                    f"{self._name}: batch must have {key} where critic_target is {self.config.critic_target!r}"
+                )
+            self._check(key, batch[key], (b, self.action_dim) if key == "next_actions" else (b,))
+
+
+def _hidden_layers(config: FloqConfig) -> int:
+    return 1 + config.num_transformations * config.block_depth if config.use_resnets else config.block_depth
 
 
 def _time_embedding(config: FloqConfig) -> TimeEmbedding:

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 __all__ = ["NAMES", "load"]
 
 NAMES: dict[str, tuple[str, str]] = {
+    "floq-steps": ("fastflow.experiments.floq", "STEPS"),
+    "floq-noise-range": ("fastflow.experiments.floq", "NOISE_RANGE"),
+    "floq-embedding": ("fastflow.experiments.floq", "EMBEDDING"),
+    "floq-time": ("fastflow.experiments.floq", "TIME"),
+    "floq-backup": ("fastflow.experiments.floq", "BACKUP"),
+    "floq-target": ("fastflow.experiments.floq", "TARGET"),
+    "floq-recovery": ("fastflow.experiments.floq", "RECOVERY"),
+    "floq-target-noise": ("fastflow.experiments.floq", "TARGET_NOISE"),
+    "floq-plasticity": ("fastflow.experiments.floq", "PLASTICITY"),
+    "floq-feature-norm": ("fastflow.experiments.floq", "FEATURE_NORM"),
     "td2-linear-gaussian": ("fastflow.experiments.td2_cfm", "LINEAR_GAUSSIAN"),
     "td2-pointmaze": ("fastflow.experiments.td2_cfm", "POINTMAZE"),
     "td2-planning": ("fastflow.experiments.td2_cfm", "PLANNING"),

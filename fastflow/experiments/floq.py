@@ -1,0 +1,288 @@
+"""Experiments about floq: what its paper (arXiv:2509.06863) and "What does flow matching bring to TD learning?"
+(arXiv:2603.04333) claim.
+
+`small` learns OGBench's point maze on its open arena map with the demo's networks, from data that
+`fastflow collect pointmaze-arena-navigate-v0 --dataset-dir data --episodes 300` makes; the sizes that begin with
+`paper` are published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastflow.experiments.declare import Arm, Experiment, Metric, Size
+
+__all__ = [
+    "BACKUP",
+    "EMBEDDING",
+    "FEATURE_NORM",
+    "NOISE_RANGE",
+    "PLASTICITY",
+    "RECOVERY",
+    "STEPS",
+    "TARGET",
+    "TARGET_NOISE",
+    "TIME",
+]
+
+_MEASURES = "fastflow.experiments.floq_measures"
+
+# Success saturates on easy tasks: the mean over training still tells fast from slow and steady from not.
+_SUCCESS = Metric("success", "success, mean over training", "higher", compare="difference")
+_LAST = Metric("evaluation/success", "success at the end", "higher", compare="difference")
+_LENGTH = Metric("evaluation/episode.length", "episode length at the end", "lower")
+_ERROR = Metric("q_error", "rms error of Q", "lower")
+_CORRELATION = Metric("q_correlation", "correlation of Q and return", "higher", compare="difference")
+_VARIANCE = Metric("var_z", "Var_z(Q)", log=True)
+_CURVATURE = Metric("curvature", "curvature of walks")
+_NORM = Metric("feature_norm.growth", "feature norm, times initial")
+
+# A plain critic in floq's place: one step from a start that is always the same, learnt at t = 0 alone.
+_MONOLITHIC: dict[str, Any] = {
+    "agent.critic_flow_steps": 1,
+    "agent.noise_coverage": 0.0,
+    "agent.noise_samples": 1,
+    "agent.train_at_zero_only": True,
+}
+
+
+def _small(steps: int = 15_000, env: str = "pointmaze-arena", **settings: Any) -> Size:
+    shared = {
+        "env": f"{env}-navigate-singletask-v0",
+        "dataset_dir": "data",
+        "steps": steps,
+        "agent.lr_decay_steps": steps,
+        "eval_interval": steps // 10,
+        "save_interval": steps // 2,
+        "device": "cpu",
+    }
+    return Size(shared | _dotted(settings), (0, 1, 2, 3, 4), "2 CPU cores, 40 minutes")
+
+
+def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Names as declarations have them, from those of arguments: agent__sigma is agent.sigma."""
+    return {name.replace("__", "."): value for name, value in settings.items()}
+
+
+_PUBLISHED: dict[str, str] = {
+    # Presets as the follow-up's runs have them.
+    "antmaze-giant-navigate": "antmaze-giant-navigate/best",
+    "humanoidmaze-large-navigate": "humanoidmaze-large-navigate/online",
+    "puzzle-4x4-play": "puzzle-4x4-play/best",
+}
+
+
+def _sizes(envs: Sequence[str], small: Size | None = None, **settings: Any) -> dict[str, Size]:
+    """`small`; the first published environment as `paper`, the others by their names, with `settings` for all."""
+    sizes = {"small": small or _small()}
+    for env in envs:
+        name = "paper" if env == envs[0] else f"paper-{env.rpartition('-')[0]}"
+        shared = {"env": f"{env}-singletask-v0", "preset": _PUBLISHED.get(env, env), **_dotted(settings)}
+        sizes[name] = Size(shared, (0, 1, 2, 3, 4), "a GPU, days")
+    return sizes
+
+
+def _arm(name: str, label: str, settings: dict[str, Any] | None = None, after: str = "critic", **options: Any) -> Arm:
+    return Arm(name, label, settings or {}, after=f"{_MEASURES}:{after}", **options)
+
+
+STEPS = Experiment(
+    name="floq-steps",
+    title="Integration steps of floq's critic",
+    agent="floq",
+    question="Does a critic that walks more steps make a better policy?",
+    arms=(
+        *(
+            _arm(f"k{steps}", f"K = {steps}", {"agent.critic_flow_steps": steps}, x=float(steps), group="floq")
+            for steps in (1, 2, 4, 8, 16)
+        ),
+        _arm(
+            "k1-at-zero",
+            "K = 1, trained at t = 0 alone",
+            {"agent.critic_flow_steps": 1, "agent.train_at_zero_only": True},
+        ),
+    ),
+    sizes=_sizes(("antmaze-giant-navigate", "humanoidmaze-large-navigate")),
+    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR, _CORRELATION, _CURVATURE),
+    x="integration steps K",
+    reference="k1",
+)
+
+NOISE_RANGE = Experiment(
+    name="floq-noise-range",
+    title="Width of the noise that floq's walks start from",
+    agent="floq",
+    question="How wide should the noise be, as a share of the range of values?",
+    arms=tuple(
+        _arm(f"kappa{kappa:g}", f"kappa = {kappa:g}", {"agent.noise_coverage": kappa}, x=kappa, group="floq")
+        for kappa in (0.0, 0.03, 0.1, 0.25, 0.5, 1.0)
+    ),
+    sizes=_sizes(("puzzle-4x4-play", "antmaze-giant-navigate")),
+    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR, _VARIANCE, _CURVATURE),
+    x="noise coverage kappa",
+    reference="kappa0.1",
+)
+
+EMBEDDING = Experiment(
+    name="floq-embedding",
+    title="How floq's critic sees the state of its walk",
+    agent="floq",
+    question="Are HL-Gauss features needed, and how wide?",
+    arms=(
+        _arm("hl-gauss-16", "HL-Gauss, sigma 16 (published)", {"agent.sigma": 16.0}, group="HL-Gauss"),
+        _arm("hl-gauss-3", "HL-Gauss, sigma 3", {"agent.sigma": 3.0}, group="HL-Gauss"),
+        _arm("scalar", "one scaled number", {"agent.use_prob_embed": False}, group="scalar"),
+    ),
+    sizes=_sizes(("humanoidmaze-large-navigate", "antmaze-giant-navigate")),
+    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR, _CURVATURE),
+    reference="hl-gauss-16",
+)
+
+TIME = Experiment(
+    name="floq-time",
+    title="How floq's critic sees time",
+    agent="floq",
+    question="Does the paper's Fourier embedding help over the released code's cos(t), and over t itself?",
+    arms=(
+        _arm("cosine", "cos(t) (released)", {"agent.time_embedding": "cosine"}),
+        _arm("fourier", "cos(i pi t), i = 1..64 (paper)", {"agent.time_embedding": "fourier"}),
+        _arm("raw", "t", {"agent.time_embedding": "raw"}),
+    ),
+    sizes=_sizes(("humanoidmaze-large-navigate", "antmaze-giant-navigate")),
+    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR, _CURVATURE),
+    reference="cosine",
+)
+
+BACKUP = Experiment(
+    name="floq-backup",
+    title="Expected and distributional backups of floq's critic",
+    agent="floq",
+    question="Does it help, or hurt, that every noise sample learns its own bootstrapped value?",
+    arms=(
+        _arm("expected", "expected", {"agent.backup": "expected"}),
+        _arm("distributional", "distributional", {"agent.backup": "distributional"}),
+    ),
+    sizes=_sizes(
+        (
+            "humanoidmaze-large-navigate",
+            "antmaze-giant-navigate",
+            "cube-double-play",
+            "humanoidmaze-medium-navigate",
+        ),
+        # With one noise sample, as in the demo's preset, there is nothing to average.
+        _small(agent__noise_samples=4),
+    ),
+    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR, _VARIANCE, Metric("q_mean", "mean Q")),
+    reference="expected",
+)
+
+TARGET = Experiment(
+    name="floq-target",
+    title="Predicting velocities and predicting values",
+    agent="floq",
+    question="Does a network that predicts the end of the walk, instead of the velocity, fall back to a plain critic?",
+    arms=(
+        _arm("velocity", "velocity (floq)", {"agent.prediction": "velocity"}),
+        _arm("endpoint", "value", {"agent.prediction": "endpoint"}),
+        _arm("monolithic", "plain critic", _MONOLITHIC),
+    ),
+    sizes=_sizes(("antmaze-giant-navigate", "humanoidmaze-large-navigate", "cube-double-play")),
+    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR, _VARIANCE, _CURVATURE),
+    reference="velocity",
+)
+
+_RECOVERED = (0, 25, 50, 75, 100)
+
+RECOVERY = Experiment(
+    name="floq-recovery",
+    title="Walks whose first steps are those of a stale critic",
+    agent="floq",
+    question="Do later steps make up for early ones by weights from the middle of training?",
+    arms=(
+        _arm("velocity", "velocity (floq)", {"agent.prediction": "velocity"}, after="recovery"),
+        _arm("endpoint", "value", {"agent.prediction": "endpoint"}, after="recovery"),
+    ),
+    sizes=_sizes(
+        ("antsoccer-arena-navigate", "humanoidmaze-medium-navigate", "cube-double-play"),
+        _small(keep_checkpoints=2),
+        save_interval=1_000_000,
+        keep_checkpoints=2,
+    ),
+    metrics=tuple(
+        metric
+        for percent in _RECOVERED
+        for metric in (
+            Metric(f"q_error.{percent}", f"rms error of Q, {percent} % stale", "lower"),
+            Metric(f"length.{percent}", f"episode length, {percent} % stale", "lower"),
+            Metric(f"success.{percent}", f"success, {percent} % stale", "higher", compare="difference"),
+        )
+    ),
+    reference="velocity",
+)
+
+TARGET_NOISE = Experiment(
+    name="floq-target-noise",
+    title="Noise on the critic's targets",
+    agent="floq",
+    question="Which critic bears noisy targets better?",
+    arms=tuple(
+        _arm(
+            f"{name}-{noise}",
+            f"{label}, noise {noise}",
+            {"agent.target_noise": float(noise), **settings},
+            x=float(noise),
+            group=label,
+            reference=f"{name}-0",
+        )
+        for name, label, settings in (("floq", "floq", {}), ("monolithic", "plain critic", _MONOLITHIC))
+        for noise in (0, 4, 8, 16)
+    ),
+    sizes=_sizes(("humanoidmaze-medium-navigate", "antsoccer-arena-navigate", "antmaze-large-navigate")),
+    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR),
+    x="standard deviation of target noise",
+)
+
+PLASTICITY = Experiment(
+    name="floq-plasticity",
+    title="Critics whose hidden layers are frozen half-way, with a new head",
+    agent="floq",
+    question="How much does a critic still learn on features that no longer change?",
+    arms=tuple(
+        _arm(
+            f"{name}-{state}",
+            f"{label}, {state}",
+            settings if state == "frozen" else {"agent.freeze_features_at": 0, **settings},
+            group=label,
+            reference=f"{name}-learning",
+        )
+        for name, label, settings in (("floq", "floq", {}), ("monolithic", "plain critic", _MONOLITHIC))
+        for state in ("learning", "frozen")
+    ),
+    sizes=_sizes(
+        ("antmaze-giant-navigate", "antsoccer-arena-navigate", "cube-double-play", "puzzle-4x4-play"),
+        _small(agent__freeze_features_at=7_500),
+        agent__freeze_features_at=1_000_000,
+    ),
+    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR),
+)
+
+FEATURE_NORM = Experiment(
+    name="floq-feature-norm",
+    title="Norms of the critics' last features under three kinds of targets",
+    agent="floq",
+    question="Do features grow under bootstrapped targets, and does a flow critic keep them small?",
+    arms=tuple(
+        _arm(
+            f"{name}-{target}",
+            f"{label}, {words}",
+            {"agent.critic_target": target, **settings},
+            group=label,
+            reference=f"{name}-returns",
+        )
+        for name, label, settings in (("floq", "floq", {}), ("monolithic", "plain critic", _MONOLITHIC))
+        for target, words in (("policy", "Q-learning"), ("data", "SARSA"), ("returns", "Monte Carlo"))
+    ),
+    sizes=_sizes(("antmaze-giant-navigate", "humanoidmaze-medium-navigate")),
+    metrics=(_NORM, Metric("feature_norm", "feature norm"), _SUCCESS, _LAST),
+)
