@@ -36,7 +36,8 @@ class GivenNoise(FloqAgent):
     def sample_noise(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> FloqNoise:
         """The next noise."""
         noise = next(self.noises)
-        return FloqNoise(**{name: value.to(self.dtype) for name, value in vars(noise).items()})
+        given = {name: value for name, value in vars(noise).items() if value is not None}
+        return FloqNoise(**{name: value.to(self.dtype) for name, value in given.items()})
 
 
 def entrants(case: UpdateCase, ways: Sequence[tuple[str, str, str]]) -> Iterator[Entrant]:

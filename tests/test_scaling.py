@@ -196,3 +196,22 @@ def test_tables_are_filled_in(tmp_path):
         tables.main(["--check"], tmp_path)
     with pytest.raises(ValueError, match=r"columns: expected numbers from 1 to 3, got \[4\]"):
         tables.first_table("| a | b | c |\n", [4])
+
+
+def test_agents_from_end_to_end(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("ogbench")
+    from benchmarks import agents
+
+    few = {
+        name: (env, unit, 2 if unit == "updates" else 64, own) for name, (env, unit, _, own) in agents.AGENTS.items()
+    }
+    few["ppo"] = ("Pendulum-v1", "environment steps", 64, {"num_envs": 1})
+    monkeypatch.setattr(agents, "AGENTS", few)
+    path = tmp_path / "agents.json"
+    assert agents.main(["--rounds", "1", "--only", "floq", "ppo", "--json", str(path)]) == 0
+    found = json.loads(path.read_text(encoding="utf-8"))["agents"]
+    assert set(found) == {"floq", "ppo"}
+    for name, entrants in (("floq", {"fastflow", "eager"}), ("ppo", {"fastflow", "eager"})):
+        assert entrants <= set(found[name]["per_second"])
+        assert all(len(rates) == 1 and rates[0] > 0 for rates in found[name]["per_second"].values())
+    assert "environment steps/s" in capsys.readouterr().out
