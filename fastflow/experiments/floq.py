@@ -32,7 +32,8 @@ _MEASURES = "fastflow.experiments.floq_measures"
 _SUCCESS = Metric("success", "success, mean over training", "higher", compare="difference")
 _LAST = Metric("evaluation/success", "success at the end", "higher", compare="difference")
 _LENGTH = Metric("evaluation/episode.length", "episode length at the end", "lower")
-_ERROR = Metric("q_error", "rms error of Q", "lower")
+_ERROR = Metric("q_error", "rms error of Q", "lower", log=True)
+_BIAS = Metric("q_bias", "bias of Q", compare="difference")
 _CORRELATION = Metric("q_correlation", "correlation of Q and return", "higher", compare="difference")
 _VARIANCE = Metric("var_z", "Var_z(Q)", log=True)
 _CURVATURE = Metric("curvature", "curvature of walks")
@@ -104,7 +105,8 @@ STEPS = Experiment(
         ),
     ),
     sizes=_sizes(("antmaze-giant-navigate", "humanoidmaze-large-navigate")),
-    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR, _CORRELATION, _CURVATURE),
+    # A better critic is the claim: what its values are off by comes first.
+    metrics=(_ERROR, _BIAS, _CORRELATION, _SUCCESS, _LAST, _LENGTH, _VARIANCE, _CURVATURE),
     x="integration steps K",
     reference="k1",
 )
