@@ -28,6 +28,7 @@ commands:
   evaluate RUN   test what a saved run has learnt
   plot RUN       draw learning curves of saved runs, and what they learnt
   experiment NAME  run, repeat and draw a comparison
+  convert FILE   make a run of weights from floq's or FQL's JAX code, or a file for JAX of a run
   relabel NAME   turn an OGBench dataset into a file that trains without a simulator
   info           versions, devices and kernel plan: what a bug report needs
 
@@ -35,7 +36,7 @@ fastflow COMMAND --help tells the options of a command; fastflow --version the v
 """
 
 # How positional arguments are called in help.
-_METAVARS = {"name": "NAME", "runs": "RUN [RUN ...]"}
+_METAVARS = {"name": "NAME", "runs": "RUN [RUN ...]", "source": "FILE|RUN"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,8 +77,9 @@ def _nearest(name: str, names: list[str]) -> str:
     return f", did you mean {found[0]}?" if found else ""
 
 
-def _parse(function: Callable[..., Any], argv: list[str], command: str) -> Any:
+def _parse(function: Callable[..., Any], argv: list[str], command: str, rest: bool = False) -> Any:
     """Calls `function` with arguments from the command line: its positional-only parameters are positional there too.
+    With `rest`, gives what it returned and the arguments that it has no parameter for.
 
     The functions only return what they were given; the work starts when tyro is done, outside its error handling.
     """
@@ -90,6 +92,8 @@ def _parse(function: Callable[..., Any], argv: list[str], command: str) -> Any:
         for name, kind in typing.get_type_hints(function).items()
         if name in _METAVARS
     }
+    if rest:
+        return tyro.cli(function, args=argv, prog=f"fastflow {command}", return_unknown_args=True)
     return tyro.cli(function, args=argv, prog=f"fastflow {command}")
 
 
@@ -333,6 +337,60 @@ def _experiment(argv: list[str]) -> int:
     return 0
 
 
+def _convert(argv: list[str]) -> int:
+    def convert(
+        source: Path,
+        /,
+        env: str | None = None,
+        preset: str = "auto",
+        r_min: float | None = None,
+        r_max: float | None = None,
+        flags: Path | None = None,
+        seed: int | None = None,
+        device: str = "auto",
+        checkpoint: int | None = None,
+        output: Path | None = None,
+    ) -> dict[str, Any]:
+        """Makes a run folder of a checkpoint of the published JAX code of floq or FQL, without JAX; or of a run
+        folder a file of arrays with flax's names.
+
+        A checkpoint does not hold settings or rewards: what flags.json beside it does not say comes as options, those
+        of the agent as in fastflow train (--agent.alpha 300).
+
+        Args:
+            source: params_STEP.pkl or an npz as this command writes it; or a run folder.
+            env: Task, such as cube-double-play-singletask-v0; by default the one in the flags.
+            preset: Named settings for what neither flags nor options say.
+            r_min: Smallest reward of the dataset.
+            r_max: Largest reward of the dataset, at least 0.
+            flags: The flags.json of the checkpoint; by default the one beside it.
+            seed: Decides noise and batches from here on; by default the one in the flags, or 0.
+            device: Where training is to go on, auto, cpu, cuda or cuda:N.
+            checkpoint: Of a run folder, the step; by default the newest.
+            output: Run folder to make, by default runs/ENV__AGENT__seedN; or npz file, by default STEP.npz in the run.
+        """
+        return locals()
+
+    options, rest = _parse(convert, argv, "convert", True)
+    source, output = options.pop("source"), options.pop("output")
+    step = options.pop("checkpoint")
+    from fastflow import convert as conversion
+
+    if source.is_dir():
+        extra = [name for name, value in options.items() if value not in (None, "auto")]
+        if extra or rest:
+            raise UserError(f"{[*extra, *rest][0]}: only where a file becomes a run, and {source} is a folder")
+        print(conversion.export_run(source, output, step))
+        return 0
+    if step is not None:
+        raise UserError(f"checkpoint: only where a run becomes a file, and {source} is none")
+    run, report = conversion.import_checkpoint(source, output=output, agent_flags=rest, **options)
+    for line in report:
+        print(line)
+    print(f"run folder: {run.path}")
+    return 0
+
+
 def _info(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(
@@ -353,6 +411,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "plot": _plot,
     "experiment": _experiment,
+    "convert": _convert,
     "relabel": _relabel,
     "info": _info,
 }

@@ -281,7 +281,7 @@ class _Training:
         self.path, self.saved = path, saved
         self.task: Task = task_class(settings, self.device, None if saved is None else saved.arguments, path, out)
         self.facts = self.task.facts
-        if saved is not None and saved.loop["fingerprint"] != self.facts["fingerprint"]:
+        if saved is not None and saved.loop["fingerprint"] not in (None, self.facts["fingerprint"]):
             raise UserError(
                 f"the dataset is not the one that {path} was trained on: it has {self.facts['rows']:,} rows, the "
                 f"run's had {self.run.config['dataset']['rows']:,} (path {self.run.config['dataset']['path']})"
