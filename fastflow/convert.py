@@ -237,7 +237,8 @@ def _with_features(config: Any, width: int) -> Any:
 
 def _check_config(config: Any, layout: Layout) -> None:
     for name, (value, entry) in layout.settings.items():
-        came = getattr(config, name, None)
+        # An agent without such a setting has no such networks.
+        came = getattr(config, name, False)
         if came != value:
             raise UserError(f"{name}: expected {value}, as {entry} has it, got {came}")
     if layout.features is not None and _feature_width(config) != layout.features:
@@ -334,5 +335,5 @@ def export_run(
 
 
 def _block_depth(config: Any) -> int | None:
-    """Layers per residual block of the flow critic."""
+    """Layers per residual block of the main critic."""
     return config.block_depth if getattr(config, "use_resnets", False) else None

@@ -26,14 +26,16 @@ class Network(NamedTuple):
     """Its layers in flax's tree, under `modules_<name>`."""
     module: str
     """Its layers among fastflow's parameters, under `<name>`."""
-    ensemble: bool
+    ensemble: bool = False
+    main: bool = False
+    """The critic that learns from rewards, or its target: the one that `use_resnets` makes residual."""
 
 
-_CRITIC = Network("value_net", "network", True)
-_FLOW_CRITIC = Network("mlp", "field", True)
-_ACTORS = {"actor_bc_flow": Network("mlp", "field", False), "actor_onestep_flow": Network("mlp", "network", False)}
+_ACTORS = {"actor_bc_flow": Network("mlp", "field"), "actor_onestep_flow": Network("mlp", "network")}
+_FLOW_CRITIC = Network("mlp", "field", ensemble=True, main=True)
+_CRITIC = Network("value_net", "network", ensemble=True, main=True)
 AGENTS: dict[str, dict[str, Network]] = {
-    "floq": {"floq": _FLOW_CRITIC, "target_floq": _FLOW_CRITIC, "critic": _CRITIC, **_ACTORS},
+    "floq": {"floq": _FLOW_CRITIC, "target_floq": _FLOW_CRITIC, "critic": _CRITIC._replace(main=False), **_ACTORS},
     "fql": {"critic": _CRITIC, "target_critic": _CRITIC, **_ACTORS},
 }
 """The networks of each agent by the name that the published code and fastflow share."""
@@ -103,7 +105,6 @@ def read_layout(parameters: Mapping[str, np.ndarray]) -> Layout:
     _expect(critic.head, "output (the value)", 1, critic.outputs)
     settings: dict[str, tuple[Any, str]] = {
         "num_ensembles": (critic.members, critic.first),
-        "value_hidden_dims": (critic.hidden, critic.prefix),
         "layer_norm": (critic.norm, critic.prefix),
         "actor_hidden_dims": (onestep.hidden, onestep.prefix),
         "actor_layer_norm": (onestep.norm, onestep.prefix),
@@ -119,7 +120,11 @@ def read_layout(parameters: Mapping[str, np.ndarray]) -> Layout:
                 f"{floq.first}: expected inputs for {o} observations, {a} actions, the state and the time, "
                 f"got {floq.inputs}"
             )
-        settings |= {"flow_num_ensembles": (floq.members, floq.first), **_flow_settings(floq)}
+        settings |= {"flow_num_ensembles": (floq.members, floq.first), **_block_settings(floq)}
+    if agent == "fql" and critic.block_depth is not None:
+        settings |= _block_settings(critic)
+    else:
+        settings["value_hidden_dims"] = (critic.hidden, critic.prefix)
     return Layout(agent, o, a, settings, features, _full_names(agent, stacks))
 
 
@@ -129,7 +134,7 @@ def export_names(agent: str, parameters: Mapping[str, Any], block_depth: int | N
     Args:
         agent: "floq" or "fql".
         parameters: by fastflow's names, those of all networks.
-        block_depth: layers per residual block of the flow critic; None for an MLP.
+        block_depth: layers per residual block of the main critic; None for an MLP.
 
     Returns:
         Fastflow's names by flax's.
@@ -139,7 +144,7 @@ def export_names(agent: str, parameters: Mapping[str, Any], block_depth: int | N
         ours = f"{name}.{network.module}."
         count = sum(key.startswith(f"{ours}layers.") and key.endswith(".weight") for key in parameters)
         norm = f"{ours}norms.0.weight" in parameters
-        depth = block_depth if network is _FLOW_CRITIC else None
+        depth = block_depth if network.main else None
         for flax, own in _stack_names(count, norm, depth).items():
             names[f"modules_{name}/{network.root}/{flax}"] = ours + own
     return names
@@ -183,7 +188,7 @@ def _read_stack(parameters: Mapping[str, np.ndarray], name: str, network: Networ
     inner = {key.removeprefix(f"{prefix}/"): value for key, value in mine.items() if key.startswith(f"{prefix}/")}
     layers = len([key for key in inner if re.fullmatch(r"(.*/)?Dense_\d+/kernel", key)])
     block_depth = None
-    if "initial_block/Dense_0/kernel" in inner:
+    if network.main and "initial_block/Dense_0/kernel" in inner:
         block_depth = max(len([key for key in inner if re.fullmatch(r"hidden_blocks_0/Dense_\d+/kernel", key)]), 1)
     norm = any("LayerNorm" in key for key in inner)
     # What a network of this kind consists of, against what is there.
@@ -253,11 +258,16 @@ def _expect(entry: str, what: str, expected: Any, came: Any) -> None:
         raise UserError(f"{entry}: expected {expected} {what}, got {came}")
 
 
-def _flow_settings(floq: _Stack) -> dict[str, tuple[Any, str]]:
-    """Width and depth of the flow critic, whose hidden layers must be of one width."""
-    _expect(floq.first, "hidden layers of one width", (floq.hidden[0],) * len(floq.hidden), floq.hidden)
-    depth = floq.block_depth or len(floq.hidden)
-    return {"block_width": (floq.hidden[0], floq.first), "block_depth": (depth, floq.prefix)}
+def _block_settings(critic: _Stack) -> dict[str, tuple[Any, str]]:
+    """Width and depth of a critic whose hidden layers are of one width, and whether they are residual blocks."""
+    width, layers = critic.hidden[0], len(critic.hidden)
+    _expect(critic.prefix, "as the widths of its hidden layers", (width,) * layers, critic.hidden)
+    found: dict[str, Any] = {"use_resnets": critic.block_depth is not None, "block_width": width}
+    if critic.block_depth is None:
+        found["block_depth"] = layers
+    else:
+        found |= {"block_depth": critic.block_depth, "num_transformations": (layers - 1) // critic.block_depth}
+    return {name: (value, critic.prefix) for name, value in found.items()}
 
 
 def _full_names(agent: str, stacks: Mapping[str, _Stack]) -> dict[str, str]:

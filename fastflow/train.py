@@ -281,7 +281,9 @@ class _Training:
         self.path, self.saved = path, saved
         self.task: Task = task_class(settings, self.device, None if saved is None else saved.arguments, path, out)
         self.facts = self.task.facts
-        if saved is not None and saved.loop["fingerprint"] not in (None, self.facts["fingerprint"]):
+        if saved is not None and saved.loop["fingerprint"] is None:
+            self._check_sizes(saved.arguments)
+        elif saved is not None and saved.loop["fingerprint"] != self.facts["fingerprint"]:
             raise UserError(
                 f"the dataset is not the one that {path} was trained on: it has {self.facts['rows']:,} rows, the "
                 f"run's had {self.run.config['dataset']['rows']:,} (path {self.run.config['dataset']['path']})"
@@ -320,6 +322,15 @@ class _Training:
             raise UserError(f"{self.run.path} was trained with other settings:\n  " + "\n  ".join(lines))
         return self.run.load(agent=self.agent_name, config=asked["agent"])
 
+    def _check_sizes(self, arguments: Mapping[str, Any]) -> None:
+        """A converted run goes on with any dataset that its networks fit."""
+        for name in ("obs_dim", "action_dim"):
+            if self.facts[name] != arguments[name]:
+                raise UserError(
+                    f"{self.path}: expected a dataset with {name} {arguments[name]}, as its networks have it, "
+                    f"got {self.facts[name]}"
+                )
+
     def _config(self) -> dict[str, Any]:
         settings = {name: value for name, value in to_json(self.settings).items() if name != "resume"}
         for name in set(_PATHS) & set(settings):
@@ -347,6 +358,8 @@ class _Training:
             self.run.save_samples(self.task.samples())
             return
         self.run.rewind(saved.step)
+        if saved.loop["fingerprint"] is None:
+            self.run.save_samples(self.task.samples())
         # Settings that may change are recorded as they are from now on; how they were is in the list.
         before = {name: self.run.config.get(name) for name in ("steps", "versions", "device_name", "threads_used")}
         history = [*self.run.config.get("resumed", []), {"step": saved.step, "before": before}]

@@ -45,6 +45,7 @@ def residual(rng, inputs, width, blocks, depth, members):
 def networks(
     agent="floq",
     *,
+    obs_dim=O,
     features=51,
     width=16,
     depth=2,
@@ -61,18 +62,18 @@ def networks(
     rng = np.random.default_rng(seed)
 
     def critic():
-        return {"value_net": stack(rng, O + A, value_hidden, 1, critic_members, norm)}
+        return {"value_net": stack(rng, obs_dim + A, value_hidden, 1, critic_members, norm)}
 
     def flow_critic():
-        inputs = O + A + features
+        inputs = obs_dim + A + features
         if blocks is not None:
             return {"mlp": residual(rng, inputs, width, blocks, depth, members)}
         return {"mlp": stack(rng, inputs, (width,) * depth, 1, members, norm)}
 
     tree = {
         "modules_critic": critic(),
-        "modules_actor_bc_flow": {"mlp": stack(rng, O + A + 1, actor_hidden, A, norm=actor_norm)},
-        "modules_actor_onestep_flow": {"mlp": stack(rng, O + A, actor_hidden, A, norm=actor_norm)},
+        "modules_actor_bc_flow": {"mlp": stack(rng, obs_dim + A + 1, actor_hidden, A, norm=actor_norm)},
+        "modules_actor_onestep_flow": {"mlp": stack(rng, obs_dim + A, actor_hidden, A, norm=actor_norm)},
     }
     if agent == "floq":
         tree |= {"modules_floq": flow_critic(), "modules_target_floq": flow_critic()}
