@@ -355,19 +355,19 @@ def _convert(argv: list[str]) -> int:
         folder a file of arrays with flax's names.
 
         A checkpoint does not hold settings or rewards: what flags.json beside it does not say comes as options, those
-        of the agent as in fastflow train (--agent.alpha 300).
+        of the agent as in fastflow train (--alpha 300).
 
         Args:
             source: params_STEP.pkl or an npz as this command writes it; or a run folder.
             env: Task, such as cube-double-play-singletask-v0; by default the one in the flags.
             preset: Named settings for what neither flags nor options say.
-            r_min: Smallest reward of the dataset.
-            r_max: Largest reward of the dataset, at least 0.
+            r_min: Smallest reward of the dataset, at most 0 (floq).
+            r_max: Largest reward of the dataset, at least 0 (floq).
             flags: The flags.json of the checkpoint; by default the one beside it.
             seed: Decides noise and batches from here on; by default the one in the flags, or 0.
             device: Where training is to go on, auto, cpu, cuda or cuda:N.
             checkpoint: Of a run folder, the step; by default the newest.
-            output: Run folder to make, by default runs/ENV__AGENT__seedN; or npz file, by default STEP.npz in the run.
+            output: Run folder to make, by default runs/ENV__AGENT__seedN; or npz file, by default step_N.npz in the run.
         """
         return locals()
 

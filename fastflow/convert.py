@@ -25,9 +25,9 @@ from fastflow.info import resolve_device, versions
 from fastflow.jax_checkpoint import JaxCheckpoint, read_checkpoint, write_checkpoint
 from fastflow.record import Checkpoint, Run, check_available, load_agent, load_agent_state, make_agent, to_json
 from fastflow.settings import AgentConfig
-from fastflow.train import preset_config
+from fastflow.train import full_names, preset_config
 
-__all__ = ["export_run", "import_checkpoint"]
+__all__ = ["export_run", "import_checkpoint", "jax_checkpoint"]
 
 # To a run -----------------------------------------------------------------------------------------------------------
 
@@ -62,12 +62,12 @@ def import_checkpoint(
         env: task; by default the one in the flags.
         preset: as in `fastflow train`.
         r_min, r_max: smallest and largest reward of the dataset, at most and at least 0, from which floq's ranges of
-            values and noise follow.
+            values and noise follow. FQL needs neither.
         flags: a `flags.json`; by default the one beside the checkpoint, if there is one.
         seed: of the noise and batches from here on; by default the one in the flags, or 0.
         output: folder to make; by default runs/ENV__AGENT__seedN.
         device: where training is to go on. Evaluation runs anywhere.
-        agent_flags: further settings as flags, such as ("--agent.alpha", "300").
+        agent_flags: further settings as flags, such as ("--alpha", "300").
 
     Returns:
         The run and a report, line by line: what was read, and each entry with the name that it has now.
@@ -91,7 +91,8 @@ def import_checkpoint(
     seed = given.get("seed", 0) if seed is None else seed
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UserError(f"seed: expected an int of at least 0, got {seed}")
-    reward_range = _reward_range(r_min, r_max)
+    # FQL's values have no range.
+    reward_range = [0.0, 0.0] if name == "fql" and r_min is r_max is None else _reward_range(r_min, r_max)
     preset, config = preset_config(name, env, preset)
     config = _config(config, layout, given.get("agent", {}), agent_flags)
     output = output or Path("runs") / f"{env}__{name}__seed{seed}"
@@ -210,7 +211,7 @@ def _config(config: Any, layout: Layout, flags: Mapping[str, Any], agent_flags: 
         kind: Any = _Chosen
         chosen = tyro.cli(
             kind[type(config)],
-            args=list(agent_flags),
+            args=full_names(agent_flags, _Chosen, type(config)),
             default=_Chosen(config),
             prog="fastflow convert",
         )
@@ -246,7 +247,7 @@ def _check_config(config: Any, layout: Layout) -> None:
             f"modules_floq/mlp, first kernel: expected {_feature_width(config)} inputs besides observation and action "
             f"(use_prob_embed {config.use_prob_embed}, num_bins {config.num_bins}, time_embedding "
             f"{config.time_embedding}, time_embed_dim {config.time_embed_dim}), got {layout.features}; name what it "
-            "was trained with, such as --agent.num-bins 101"
+            "was trained with, such as --num-bins 101"
         )
 
 
@@ -315,13 +316,27 @@ def export_run(
     output = output or run.path / f"step_{saved.step:08d}.npz"
     if output.exists():
         raise UserError(f"output: expected a file that does not exist yet, got {output}")
-    state = agent.state_dict()
+    write_checkpoint(output, jax_checkpoint(name, agent))
+    return output
+
+
+def jax_checkpoint(agent_name: str, agent: Any) -> JaxCheckpoint:
+    """The state of an agent under flax's names: `write_checkpoint` makes a file of it.
+
+    Args:
+        agent_name: "floq" or "fql".
+        agent: of that algorithm.
+
+    Raises:
+        UserError: an agent that scales observations, which the published networks take as they are.
+    """
+    state = {name: tensor.cpu() for name, tensor in agent.state_dict().items()}
     if "observation_mean" in state:
         raise UserError(
-            f"{path}: observation_scale: expected 0, as the published networks take observations as they are, "
-            f"got {run.config['observation_scale']}"
+            "observation_statistics: expected none, as the published networks take observations as they are"
         )
-    names = export_names(name, dict(agent.networks.named_parameters()), _block_depth(agent.config))
+    depth = agent.config.block_depth if getattr(agent.config, "use_resnets", False) else None
+    names = export_names(agent_name, dict(agent.networks.named_parameters()), depth)
 
     def moments(which: str) -> dict[str, np.ndarray]:
         # optax keeps them for a target too.
@@ -330,10 +345,4 @@ def export_run(
         }
 
     parameters = {flax: state[own].numpy() for flax, own in names.items()}
-    write_checkpoint(output, JaxCheckpoint(agent.step, parameters, moments("exp_avg"), moments("exp_avg_sq")))
-    return output
-
-
-def _block_depth(config: Any) -> int | None:
-    """Layers per residual block of the main critic."""
-    return config.block_depth if getattr(config, "use_resnets", False) else None
+    return JaxCheckpoint(agent.step, parameters, moments("exp_avg"), moments("exp_avg_sq"))

@@ -45,7 +45,7 @@ from fastflow.record import (
 from fastflow.settings import LoopSettings
 from fastflow.task import Task
 
-__all__ = ["Task", "TrainResult", "default_settings", "parse", "preset_config", "train"]
+__all__ = ["Task", "TrainResult", "default_settings", "full_names", "parse", "preset_config", "train"]
 
 # Settings that are paths, of whichever task.
 _PATHS = ("dataset_dir", "dataset_path", "policies")
@@ -162,7 +162,7 @@ def parse(agent_name: str, argv: Sequence[str], prog: str | None = None) -> Any:
     try:
         settings = tyro.cli(
             settings_class[config_class],  # type: ignore[index]
-            args=_full_names(argv, settings_class, config_class),
+            args=full_names(argv, settings_class, config_class),
             default=default,
             prog=prog,
         )
@@ -172,7 +172,7 @@ def parse(agent_name: str, argv: Sequence[str], prog: str | None = None) -> Any:
     return dataclasses.replace(settings, preset=preset)
 
 
-def _full_names(argv: Sequence[str], settings_class: type, config_class: type) -> list[str]:
+def full_names(argv: Sequence[str], settings_class: type, config_class: type) -> list[str]:
     """`argv` with `--gamma` spelled `--agent.gamma` where only the agent has such a setting."""
     own, agent = ({field.name for field in dataclasses.fields(kind)} for kind in (settings_class, config_class))
 

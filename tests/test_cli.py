@@ -78,14 +78,25 @@ def assert_error(code: int, capsys: pytest.CaptureFixture[str], *parts: str) -> 
 def test_help_lists_the_commands(flag, capsys):
     assert main([flag]) == 0
     printed = capsys.readouterr().out
-    for name in ("collect", "train", "evaluate", "plot", "relabel", "info"):
+    for name in ("collect", "train", "evaluate", "plot", "convert", "relabel", "info"):
         assert f"\n  {name} " in printed
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        *("collect", "train", "train floq", "train fpo", "train dppo", "train ppo", "evaluate", "plot", "relabel"),
+        *(
+            "collect",
+            "train",
+            "train floq",
+            "train fpo",
+            "train dppo",
+            "train ppo",
+            "evaluate",
+            "plot",
+            "convert",
+            "relabel",
+        ),
         "info",
     ],
 )

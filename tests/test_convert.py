@@ -184,7 +184,7 @@ def test_flags_beside_the_checkpoint_are_read(save, convert, tmp_path):
     given |= {"agent_name": "floq", "value_hidden_dims": [12, 11], "encoder": None, "ob_dims": [O], "embed_time": True}
     flags = {"env_name": "puzzle-3x3-play-singletask-v0", "seed": 5, "agent": given}
     (tmp_path / "flags.json").write_text(json.dumps(flags))
-    agent = convert(path, "--agent.tau", "0.02", env=None)
+    agent = convert(path, "--tau", "0.02", env=None)
     config = Run.open(tmp_path / "run").config
     assert (config["env"], config["seed"], config["preset"]) == ("puzzle-3x3-play-singletask-v0", 5, "puzzle-3x3-play")
     found = agent.config

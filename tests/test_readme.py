@@ -145,4 +145,8 @@ def test_a_command_line_parses(line, monkeypatch, capsys):
 
 def test_the_table_of_commands_is_the_command_line_s():
     shown = set(re.findall(r"^\| `fastflow (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
-    assert shown == {"collect", "train", "evaluate", "plot", "relabel", "info", "experiment"} == set(cli._COMMANDS)
+    assert (
+        shown
+        == {"collect", "train", "evaluate", "plot", "relabel", "info", "experiment", "convert"}
+        == set(cli._COMMANDS)
+    )
