@@ -367,7 +367,7 @@ def _convert(argv: list[str]) -> int:
             seed: Decides noise and batches from here on; by default the one in the flags, or 0.
             device: Where training is to go on, auto, cpu, cuda or cuda:N.
             checkpoint: Of a run folder, the step; by default the newest.
-            output: Run folder to make, by default runs/ENV__AGENT__seedN; or npz file, by default step_N.npz in the run.
+            output: Run folder to make, by default runs/ENV__AGENT__seedN; or npz file, by default step_N.npz there.
         """
         return locals()
 

@@ -146,7 +146,7 @@ def import_checkpoint(
             },
         )
     )
-    return run, _report(checkpoint, layout)
+    return run, _report(checkpoint, layout, config, arguments)
 
 
 def _read_flags(path: Path, flags: Path | None, agent: str) -> dict[str, Any]:
@@ -270,18 +270,23 @@ def _agent_state(checkpoint: JaxCheckpoint, layout: Layout) -> dict[str, Tensor]
     return state
 
 
-def _report(checkpoint: JaxCheckpoint, layout: Layout) -> list[str]:
+def _report(checkpoint: JaxCheckpoint, layout: Layout, config: Any, arguments: Mapping[str, Any]) -> list[str]:
     """What was found and where it went."""
     width = max(map(len, layout.names))
     shapes = {name: str(list(checkpoint.parameters[name].shape)) for name in layout.names}
     middle = max(map(len, shapes.values()))
     sizes = ", ".join(f"{name} {value}" for name, (value, _) in layout.settings.items())
+    others = {"reward_range": arguments["reward_range"], **to_json(config)}
     return [
         f"{layout.agent} after {checkpoint.updates:,} updates: {layout.obs_dim} observations, {layout.action_dim} "
         f"actions, {sizes}",
         *(f"{name:{width}}  {shapes[name]:{middle}}  {own}" for name, own in layout.names.items()),
         f"Adam's mu and nu of the trained networks, count {checkpoint.updates:,}: taken over",
         "rng: left out, as fastflow draws from a generator of its own",
+        "not in the file, hence as published or given: "
+        + ", ".join(
+            f"{name} {value}" for name, value in others.items() if name not in layout.settings and value is not None
+        ),
     ]
 
 
