@@ -28,7 +28,7 @@ def stack(rng, inputs, hidden, outputs, members=None, norm=False):
 
 
 def residual(rng, inputs, width, blocks, depth, members):
-    """floq's ResNet field."""
+    """The ResNet of floq's field, or of FQL's critic."""
     lead, tree = (members,), {}
     layers = [("initial_block", 0, inputs, width)]
     layers += [(f"hidden_blocks_{b}", i, width, width) for b in range(blocks) for i in range(depth)]
@@ -62,6 +62,8 @@ def networks(
     rng = np.random.default_rng(seed)
 
     def critic():
+        if agent == "fql" and blocks is not None:
+            return {"value_net": residual(rng, obs_dim + A, width, blocks, depth, critic_members)}
         return {"value_net": stack(rng, obs_dim + A, value_hidden, 1, critic_members, norm)}
 
     def flow_critic():
@@ -155,8 +157,12 @@ def value(params, obs, action):
     """The plain critic, [E, rows]."""
     tree = params["modules_critic"]["value_net"]
     x = np.concatenate([obs, action], -1)
-    members = len(tree["Dense_0"]["kernel"])
-    return forward(tree, np.broadcast_to(x, (members, *x.shape)))[..., 0]
+    return forward(tree, np.broadcast_to(x, (members_of(tree), *x.shape)))[..., 0]
+
+
+def members_of(tree):
+    first = tree["initial_block"]["Dense_0"] if "initial_block" in tree else tree["Dense_0"]
+    return len(first["kernel"])
 
 
 def one_step_action(params, obs, noise):
@@ -177,8 +183,7 @@ def flow_value(
     """floq's walks, [E, rows, S], from uniform draws u [rows, S]; `time` gives the features of t."""
     tree = params["modules_floq"]["mlp"]
     low, high = (r_min - 0.01) / (1 - gamma), (r_max + 0.01) / (1 - gamma)
-    first = tree["initial_block"]["Dense_0"] if "initial_block" in tree else tree["Dense_0"]
-    members, samples = len(first["kernel"]), u.shape[1]
+    members, samples = members_of(tree), u.shape[1]
     cond = np.repeat(np.concatenate([obs, action], -1), samples, axis=0)
     z = coverage * ((1 - u) * r_min + u * r_max) / (1 - gamma)
     z = np.broadcast_to(z.reshape(1, -1, 1), (members, u.size, 1))

@@ -119,7 +119,9 @@ def test_floq_computes_what_the_flax_networks_compute(save, convert, case):
     close(nets.target_floq(t_obs, t_action, t_u).squeeze(-1), target.mean(-1))
 
 
-@pytest.mark.parametrize("shape", [{}, {"norm": False, "critic_members": 5, "value_hidden": (8, 8, 8)}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"norm": False, "critic_members": 5, "value_hidden": (8, 8, 8)}, {"blocks": 2, "depth": 3}]
+)
 def test_fql_computes_what_the_flax_networks_compute(save, convert, shape):
     if "fql" not in agents.NAMES:
         pytest.skip("there is no agent fql")
@@ -494,10 +496,10 @@ def unflatten(arrays):
     return tree
 
 
-@pytest.mark.parametrize("agent", ["floq", "floq residual", "fql"])
+@pytest.mark.parametrize("agent", ["floq", "floq residual", "fql", "fql residual"])
 def test_there_and_back_bit_for_bit(save, convert, tmp_path, agent):
     name, _, residual = agent.partition(" ")
-    if name not in agents.NAMES or (residual and not HAS_RESIDUAL):
+    if name not in agents.NAMES or (agent == "floq residual" and not HAS_RESIDUAL):
         pytest.skip(f"there is no {agent}")
     tree = checkpoint(networks(name, **({"blocks": 2, "depth": 2} if residual else {})))
     convert(save(tree), output="first")
