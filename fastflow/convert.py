@@ -204,7 +204,7 @@ def _config(config: Any, layout: Layout, flags: Mapping[str, Any], agent_flags: 
         if told[name] != found[name]:
             value, entry = layout.settings[name]
             raise UserError(f"flags: {name}: expected {value}, as {entry} has it, got {told[name]}")
-    config = dataclasses.replace(config, **{name: value for name, value in found.items() if name in fields})
+    config = dataclasses.replace(config, **found)
     if layout.features is not None:
         config = _with_features(config, layout.features)
     try:
@@ -238,8 +238,7 @@ def _with_features(config: Any, width: int) -> Any:
 
 def _check_config(config: Any, layout: Layout) -> None:
     for name, (value, entry) in layout.settings.items():
-        # An agent without such a setting has no such networks.
-        came = getattr(config, name, False)
+        came = getattr(config, name)
         if came != value:
             raise UserError(f"{name}: expected {value}, as {entry} has it, got {came}")
     if layout.features is not None and _feature_width(config) != layout.features:
@@ -340,7 +339,7 @@ def jax_checkpoint(agent_name: str, agent: Any) -> JaxCheckpoint:
         raise UserError(
             "observation_statistics: expected none, as the published networks take observations as they are"
         )
-    depth = agent.config.block_depth if getattr(agent.config, "use_resnets", False) else None
+    depth = agent.config.block_depth if agent.config.use_resnets else None
     names = export_names(agent_name, dict(agent.networks.named_parameters()), depth)
 
     def moments(which: str) -> dict[str, np.ndarray]:

@@ -121,9 +121,11 @@ def read_layout(parameters: Mapping[str, np.ndarray]) -> Layout:
                 f"got {floq.inputs}"
             )
         settings |= {"flow_num_ensembles": (floq.members, floq.first), **_block_settings(floq)}
-    if agent == "fql" and critic.block_depth is not None:
-        settings |= _block_settings(critic)
+    elif critic.block_depth is None:
+        settings["use_resnets"] = (False, critic.prefix)
     else:
+        settings |= _block_settings(critic)
+    if critic.block_depth is None:
         settings["value_hidden_dims"] = (critic.hidden, critic.prefix)
     return Layout(agent, o, a, settings, features, _full_names(agent, stacks))
 

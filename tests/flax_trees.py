@@ -133,21 +133,22 @@ def layer_norm(layer, x):
     return y * scale + bias
 
 
-def hidden_layers(tree, x, count):
+def hidden_layers(tree, x, count, norm_first=False):
     for i in range(count):
-        x = gelu(dense(tree[f"Dense_{i}"], x))
-        if f"LayerNorm_{i}" in tree:
-            x = layer_norm(tree[f"LayerNorm_{i}"], x)
+        x = dense(tree[f"Dense_{i}"], x)
+        steps = [gelu, lambda x, i=i: layer_norm(tree[f"LayerNorm_{i}"], x) if f"LayerNorm_{i}" in tree else x]
+        for step in reversed(steps) if norm_first else steps:
+            x = step(x)
     return x
 
 
-def forward(tree, x):
+def forward(tree, x, norm_first=False):
     """[rows, in] or, with an ensemble, [E, rows, in] -> the network's outputs."""
     if "initial_block" in tree:
-        x = hidden_layers(tree["initial_block"], x, 1)
+        x = hidden_layers(tree["initial_block"], x, 1, norm_first)
         for b in range(sum(name.startswith("hidden_blocks_") for name in tree)):
             block = tree[f"hidden_blocks_{b}"]
-            x = x + hidden_layers(block, x, sum(name.startswith("Dense_") for name in block))
+            x = x + hidden_layers(block, x, sum(name.startswith("Dense_") for name in block), norm_first)
         return dense(tree["final_block"]["Dense_0"], x)
     last = sum(name.startswith("Dense_") for name in tree) - 1
     return dense(tree[f"Dense_{last}"], hidden_layers(tree, x, last))
@@ -178,7 +179,7 @@ def bc_action(params, obs, noise, steps=10):
 
 
 def flow_value(
-    params, obs, action, u, *, r_min, r_max, gamma=0.99, coverage=0.1, steps=8, bins=51, sigma=16.0, time=np.cos
+    params, obs, action, u, *, r_min, r_max, gamma=0.99, coverage=0.1, steps=8, bins=51, sigma=16.0, time=np.cos, **how
 ):
     """floq's walks, [E, rows, S], from uniform draws u [rows, S]; `time` gives the features of t."""
     tree = params["modules_floq"]["mlp"]
@@ -191,7 +192,7 @@ def flow_value(
         t = np.atleast_1d(time(k / steps))
         state = (z - low) / (high - low) if bins is None else hl_gauss(z, low, high, bins, sigma)
         x = [np.broadcast_to(part, (members, u.size, part.shape[-1])) for part in (cond, state, t)]
-        z = z + forward(tree, np.concatenate(x, -1)) / steps
+        z = z + forward(tree, np.concatenate(x, -1), **how) / steps
     return z.reshape(members, *u.shape)
 
 

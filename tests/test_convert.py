@@ -5,7 +5,6 @@ What they computed is said by NumPy (`flax_trees`), which shares no code with fa
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 import re
@@ -92,16 +91,18 @@ FLOQ = {
         {"gamma": 0.995, "coverage": 0.25, "steps": 4},
     ),
     "residual": ({"blocks": 2, "depth": 2}, (), {}),
+    "residual, norm first": (
+        {"blocks": 2, "depth": 2},
+        ("--no-activate-before-layernorm",),
+        {"norm_first": True},
+    ),
     "residual, one block": ({"blocks": 1, "depth": 3, "features": 114}, (), {"time": fourier}),
 }
-HAS_RESIDUAL = "use_resnets" in {field.name for field in dataclasses.fields(agents.config_class("floq"))}
 
 
 @pytest.mark.parametrize("case", FLOQ)
 def test_floq_computes_what_the_flax_networks_compute(save, convert, case):
     shape, arguments, how = FLOQ[case]
-    if "blocks" in shape and not HAS_RESIDUAL:
-        pytest.skip("floq has no residual field")
     params = networks("floq", **shape)
     agent = convert(save(checkpoint(params)), *arguments)
     obs, action, noise, u = rows()
@@ -206,7 +207,6 @@ def test_flags_beside_the_checkpoint_are_read(save, convert, tmp_path):
     [
         ({"block_depth": 4}, r"block_depth: expected 2, as modules_floq/mlp has it, got 4"),
         ({"agent_name": "fql"}, r"agent_name: expected 'floq', as the checkpoint has its networks, got 'fql'"),
-        ({"activate_before_layernorm": False}, r"activate_before_layernorm: expected True.*got False"),
         ({"encoder": "impala"}, r"encoder: expected None.*got impala"),
         ({"alpha": -1.0}, r"flags: .*alpha must be at least 0"),
     ],
@@ -499,8 +499,8 @@ def unflatten(arrays):
 @pytest.mark.parametrize("agent", ["floq", "floq residual", "fql", "fql residual"])
 def test_there_and_back_bit_for_bit(save, convert, tmp_path, agent):
     name, _, residual = agent.partition(" ")
-    if name not in agents.NAMES or (agent == "floq residual" and not HAS_RESIDUAL):
-        pytest.skip(f"there is no {agent}")
+    if name not in agents.NAMES:
+        pytest.skip(f"there is no agent {name}")
     tree = checkpoint(networks(name, **({"blocks": 2, "depth": 2} if residual else {})))
     convert(save(tree), output="first")
     first = tmp_path / "weights.npz"
