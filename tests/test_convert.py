@@ -9,11 +9,14 @@ import json
 import pickle
 import re
 import shlex
+import subprocess
+import sys
 
 import flax_trees
 import numpy as np
 import pytest
 import torch
+from conftest import HIDE
 from flax_trees import A, O, checkpoint, flat, mapped, networks
 
 from fastflow import agents
@@ -176,6 +179,23 @@ def test_adam_goes_on_as_optax_would(save, convert):
         m, v = 0.9 * mu[flax] + 0.001, 0.999 * nu[flax] + 0.001 * 1e-4
         step = 1e-3 * (m / (1 - 0.9**8)) / (np.sqrt(v / (1 - 0.999**8)) + 1e-8)
         close(parameters[own], theta - step)
+
+
+def test_what_jax_saved_is_converted_without_jax(tmp_path, plain_environment):
+    jax = pytest.importorskip("jax")
+    params = networks("floq")
+    path = tmp_path / "params_7.pkl"
+    path.write_bytes(pickle.dumps(mapped(jax.numpy.asarray, checkpoint(params))))
+    run = tmp_path / "run"
+    command = ["convert", str(path), "--env", ENV, *REWARDS, "--output", str(run), "--device", "cpu"]
+    code = HIDE.format(names={"jax", "jaxlib", "flax"}) + f"from fastflow.cli import main; sys.exit(main({command!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain_environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = dict(load_agent(Run.open(run), device="cpu")[0].networks.named_parameters())
+    for flax, own in read_layout(flat(params)).names.items():
+        assert np.array_equal(found[own].detach().numpy(), flat(params)[flax])
 
 
 # Settings
