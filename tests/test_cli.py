@@ -85,18 +85,7 @@ def test_help_lists_the_commands(flag, capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "collect",
-            "train",
-            "train floq",
-            "train fpo",
-            "train dppo",
-            "train ppo",
-            "evaluate",
-            "plot",
-            "convert",
-            "relabel",
-        ),
+        *("collect", "train", "train floq", "train fpo", "train dppo", "train ppo", "evaluate", "plot", "relabel"),
         "info",
     ],
 )

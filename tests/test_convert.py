@@ -429,6 +429,14 @@ def test_files_that_are_none(capsys, tmp_path):
     assert_refused(capsys, tmp_path, tmp_path / "objects.npz", "--env", ENV, *REWARDS, says=r"not an npz of arrays")
 
 
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["convert", "--help"])
+    printed = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert "fastflow convert" in printed and "--r-min" in printed
+
+
 def test_an_existing_run_is_kept(save, convert, capsys, tmp_path):
     path = save(checkpoint(networks("floq")))
     convert(path)
