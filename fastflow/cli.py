@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -209,15 +210,21 @@ def _train(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(
             f"usage: fastflow train AGENT --env NAME [OPTIONS]\n\nagents: {names}\n\n"
-            "fastflow train AGENT --help tells all options."
+            "fastflow train AGENT --help tells all options; --seeds 0 1 2 [--jobs N] trains several runs."
         )
         return 0 if argv else 2
     name, rest = argv[0], argv[1:]
     if name not in agents.NAMES:
         raise UserError(f"no agent {name!r}{_nearest(name, list(agents.NAMES))}; there are: {names}")
+    from fastflow.experiments.seeds import split, train_seeds
     from fastflow.train import parse, train
 
-    result = train(parse(name, rest, prog=f"fastflow train {name}"), name)
+    seeds, flags = split(rest)
+    settings = parse(name, flags, prog=f"fastflow train {name}")
+    if seeds is not None:
+        train_seeds(name, settings, seeds, command=f"fastflow train {shlex.join(argv)}")
+        return 0
+    result = train(settings, name)
     return 0 if result.interrupted is None else 128 + int(result.interrupted)
 
 

@@ -41,7 +41,7 @@ MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets"
 
 _VECTORS = ("observations", "actions", "next_observations", "next_actions")
 # tanh-squashed policies have infinite density at exactly +-1; the FQL family of codes clips its datasets like this.
-_ACTION_LIMIT = 1.0 - 1e-5
+ACTION_LIMIT = 1.0 - 1e-5
 _ACTION_SLACK = 1e-3
 _DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 1 << 16  # rows
@@ -372,7 +372,7 @@ def _load_transitions(name: str, path: Path) -> Dataset:
 def _tensor(key: str, array: np.ndarray) -> Tensor:
     array = np.ascontiguousarray(array, dtype=np.float32)
     if key == "actions":
-        np.clip(array, -_ACTION_LIMIT, _ACTION_LIMIT, out=array)
+        np.clip(array, -ACTION_LIMIT, ACTION_LIMIT, out=array)
     return torch.from_numpy(array)
 
 

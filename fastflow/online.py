@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from fastflow.errors import UserError
 from fastflow.evaluate import Episodes, Rollouts
 from fastflow.info import versions
 from fastflow.online_envs import OnlineEnvs, check_name, make_envs, make_single
+from fastflow.online_envs.interaction import Interaction
 from fastflow.record import Run, load_agent, write_json
 from fastflow.settings import LoopSettings
 from fastflow.task import Task
@@ -62,6 +62,7 @@ class OnlineSettings(LoopSettings[OnPolicy]):
     """Evaluate without noise (a flow from zero, a Gaussian's mean), with it (episode.return.random), or both."""
 
     fixed: ClassVar[tuple[str, ...]] = (*LoopSettings.fixed, "num_envs")
+    scores: ClassVar[Mapping[str, str]] = {"evaluation/episode.return": "return"}
     least: ClassVar[Mapping[str, int]] = {
         **LoopSettings.least,
         "num_envs": 1,
@@ -92,54 +93,6 @@ class OnlineSettings(LoopSettings[OnPolicy]):
     def stride(self) -> int:
         """Environment steps of one rollout."""
         return self.num_envs * int(self.agent.rollout_steps)
-
-
-class _Episodes:
-    """What the environments' episodes came to: those under way, and those that ended since they were last told."""
-
-    def __init__(self, num_envs: int) -> None:
-        self.returns = np.zeros(num_envs)
-        self.lengths = np.zeros(num_envs, dtype=np.int64)
-        self.ended: list[tuple[float, float, float]] = []
-        self.invalid = 0
-
-    def add(self, rewards: np.ndarray, ended: np.ndarray, success: np.ndarray, invalid: np.ndarray) -> None:
-        self.returns += rewards
-        self.lengths += 1
-        self.invalid += int(invalid.sum())
-        for i in np.flatnonzero(ended):
-            self.ended.append((float(self.returns[i]), float(self.lengths[i]), float(success[i])))
-            self.returns[i] = self.lengths[i] = 0
-
-    def tell(self) -> dict[str, float]:
-        """Means over the episodes that ended since the last call."""
-        row: dict[str, float] = {"rollout/episodes": float(len(self.ended)), "rollout/invalid": float(self.invalid)}
-        if self.ended:
-            returns, lengths, success = np.array(self.ended).T
-            row |= {"rollout/episode.return": float(returns.mean()), "rollout/episode.length": float(lengths.mean())}
-            if not np.isnan(success).any():
-                row["rollout/success"] = float(success.mean())
-        self.ended.clear()
-        self.invalid = 0
-        return row
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it, for a checkpoint; an unknown success is -1 there, because checkpoints hold finite numbers."""
-        ended = np.array(self.ended, dtype=np.float64).reshape(-1, 3)
-        return {
-            "returns": torch.from_numpy(self.returns.copy()),
-            "lengths": torch.from_numpy(self.lengths.copy()),
-            "ended": torch.from_numpy(np.where(np.isnan(ended), -1.0, ended)) if len(ended) else torch.zeros(0, 3),
-            "invalid": torch.tensor(self.invalid),
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `tensors` gave."""
-        self.returns[:] = state["returns"].numpy()
-        self.lengths[:] = state["lengths"].numpy()
-        rows = state["ended"].tolist()
-        self.ended = [(returns, length, math.nan if success < 0 else success) for returns, length, success in rows]
-        self.invalid = int(state["invalid"])
 
 
 class OnlineTask(Task):
@@ -187,11 +140,9 @@ class OnlineTask(Task):
             **self.arguments,
             "fingerprint": f"{settings.env} {envs.obs_dim} {envs.action_dim} {envs.num_envs}",
         }
-        self._obs = envs.reset(settings.seed)
-        self._episodes = _Episodes(envs.num_envs)
+        self._interaction = Interaction(envs, settings.seed)
         self._seconds = {"env": 0.0, "sampling": 0.0}
         self._told = {"env": 0.0, "sampling": 0.0, "update": 0.0}
-        self._failed = False
         self._warned = False
         self._rollouts: Rollouts | None = None
         self._agent: Any = None
@@ -224,26 +175,18 @@ class OnlineTask(Task):
         Raises:
             UserError: an environment raised, or the policy's action is not finite.
         """
-        agent, envs, clock = self._agent, self.envs, time.perf_counter
+        agent, clock = self._agent, time.perf_counter
         kept: dict[str, list[Tensor]] = {}
         steps = []
         for _ in range(batch_size):
             began = clock()
-            obs = torch.from_numpy(self._obs).to(self.device)
+            obs = torch.from_numpy(self._interaction.obs).to(self.device)
             actions, extras = agent.explore(obs, generator)
             for name, value in {"observations": obs, "actions": actions, **extras}.items():
                 kept.setdefault(name, []).append(value)
             in_bounds = agent.to_env(actions).cpu().numpy()
             acted = clock()
-            self._check_actions(in_bounds)
-            try:
-                step = envs.step(in_bounds)
-            except UserError:
-                self._failed = True
-                raise
-            self._obs = step.obs
-            ended = step.terminated | step.truncated
-            self._episodes.add(step.rewards, ended, step.success, step.invalid)
+            step = self._interaction.step(in_bounds)
             if step.invalid.any():
                 self._warn(np.flatnonzero(step.invalid))
             steps.append((step.final_obs, step.rewards, step.terminated, step.truncated))
@@ -254,16 +197,6 @@ class OnlineTask(Task):
         for name, values in zip(names, zip(*steps, strict=True), strict=True):
             rollout[name] = torch.from_numpy(np.stack(values)).to(self.device)
         return rollout
-
-    def _check_actions(self, actions: np.ndarray) -> None:
-        finite = np.isfinite(actions).all(-1)
-        if not finite.all():
-            i = int(np.flatnonzero(~finite)[0])
-            raise UserError(
-                f"the policy's action is not finite, {actions[i].tolist()} in environment {i} of {self.envs.name} at "
-                f"step {int(self._episodes.lengths[i])} of its episode: the policy has diverged. A smaller learning "
-                "rate may help (--agent.lr)"
-            )
 
     def _warn(self, which: np.ndarray) -> None:
         """Says once that the simulation gives numbers that are not finite; rollout/invalid counts."""
@@ -279,13 +212,13 @@ class OnlineTask(Task):
     def report(self) -> dict[str, float]:
         """Episodes that ended since the last call, and seconds by what they were spent on."""
         seconds = {**self._seconds, "update": self._agent.update_seconds}
-        row = self._episodes.tell() | {f"time/{name}": value - self._told[name] for name, value in seconds.items()}
+        row = self._interaction.tell() | {f"time/{name}": value - self._told[name] for name, value in seconds.items()}
         self._told = seconds
         return row
 
     def samples(self) -> dict[str, Tensor]:
         """The first observations."""
-        return {"observations": torch.from_numpy(self._obs[:64].copy())}
+        return {"observations": torch.from_numpy(self._interaction.obs[:64].copy())}
 
     # Evaluation -----------------------------------------------------------------------------------------------------
 
@@ -313,46 +246,23 @@ class OnlineTask(Task):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Environments, where they can be saved, and the episodes under way."""
-        # After a failure there is nothing to be saved of environments that are closed.
-        snapshot = None if self._failed else self.envs.snapshot()
-        if snapshot is None:
-            return {}
-        state = {f"envs/{name}": torch.from_numpy(_signed(array)) for name, array in snapshot.items()}
-        return state | self._episodes.tensors()
+        return self._interaction.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
         """Takes up the episodes under way; begins new ones where the environments could not be saved, and says so."""
-        if not state:
+        # Not those that the run began with.
+        seed = int(np.random.SeedSequence([self.settings.seed, 1]).generate_state(1)[0])
+        if not self._interaction.load_state_dict(state, seed):
             self.out(
                 f"{self.envs.name}: the environments were not saved; their episodes under way begin anew, so the run "
                 "does not go on bit for bit"
             )
-            # Not those that the run began with.
-            self._obs = self.envs.reset(int(np.random.SeedSequence([self.settings.seed, 1]).generate_state(1)[0]))
-            return
-        expected = self.envs.snapshot()
-        assert expected is not None
-        arrays = {
-            name.removeprefix("envs/"): value.numpy() for name, value in state.items() if name.startswith("envs/")
-        }
-        self._obs = self.envs.restore(
-            {name: array.view(expected[name].dtype) if name in expected else array for name, array in arrays.items()}
-        )
-        self._episodes.load(state)
 
     def close(self) -> None:
         """Closes the environments."""
         self.envs.close()
         if self._rollouts is not None:
             self._rollouts.close()
-
-
-def _signed(array: np.ndarray) -> np.ndarray:
-    """An array of a dtype that every version of torch and safetensors knows, same bits; contiguous."""
-    array = np.array(array, order="C")
-    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-        return array.view(f"i{array.dtype.itemsize}")
-    return array
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
       events.out.tfevents.*                  the same numbers for TensorBoard
       checkpoints/step_00012500.safetensors  the whole training state; metadata says which agent and configuration
       samples.safetensors                    a few dataset rows, so that figures need no dataset
+      replay/*.safetensors                   what came in online, where learning went online (see fastflow.replay)
       evaluations/*.json  figures/*.png
 
 Files that replace an older one are written beside it and renamed, so a full disk or a crash leaves the old one intact.
@@ -210,7 +211,7 @@ def _make_folder(path: Path) -> None:
         raise _disk_error(path, error) from error
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     try:
         import safetensors.torch
     except ImportError as error:
@@ -280,7 +281,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "arguments": json.dumps(to_json(checkpoint.arguments)),
         "loop": json.dumps(to_json(checkpoint.loop)),
     }
-    _save_tensors(Path(path), checkpoint.tensors, metadata)
+    save_tensors(Path(path), checkpoint.tensors, metadata)
 
 
 def load_checkpoint(
@@ -410,6 +411,11 @@ class Run:
             )
         return cls(path, config)
 
+    @property
+    def last_step(self) -> int:
+        """Where the run is meant to end."""
+        return int(self.config["steps"]) + int(self.config.get("online_steps", 0))
+
     def write_config(self) -> None:
         """Writes `config` to config.json, atomically."""
         write_json(self.path / "config.json", self.config)
@@ -492,7 +498,7 @@ class Run:
 
     def save_samples(self, samples: Mapping[str, Tensor]) -> None:
         """Keeps a few dataset rows for figures: `observations` [N, O] and `actions` [N, A]."""
-        _save_tensors(self.path / "samples.safetensors", samples)
+        save_tensors(self.path / "samples.safetensors", samples)
 
     def load_samples(self) -> dict[str, Tensor]:
         """The rows kept by `save_samples`.

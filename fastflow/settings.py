@@ -70,6 +70,15 @@ class LoopSettings(Generic[AgentConfig]):
         "threads": 0,
     }
 
+    scores: ClassVar[Mapping[str, str]] = {}
+    """Columns of eval.csv that runs are compared by, the most important first, and how tables call them; more is
+    better."""
+
+    @property
+    def last_step(self) -> int:
+        """Where a run ends."""
+        return self.steps
+
     def whole(self: Settings) -> Settings:
         """As the loop can follow them: a task whose updates are many steps rounds numbers of steps."""
         return self

@@ -62,6 +62,10 @@ class Task(abc.ABC):
         """What a run learns from, in a line."""
         return f"dataset: {self.facts['rows']:,} rows"
 
+    def begin_step(self, step: int, generator: torch.Generator) -> int:
+        """Called before the updates that follow `step`; returns how many they are."""
+        return 1
+
     @abc.abstractmethod
     def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """A batch for the agent's `update`."""
@@ -86,12 +90,15 @@ class Task(abc.ABC):
     def describe(self, metrics: dict[str, float]) -> str:
         """An evaluation in words."""
 
+    def save(self) -> None:  # noqa: B027 - most tasks need none
+        """Called before a checkpoint is written, for what is too large to be in it."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """What the task itself needs to go on, on the CPU."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most tasks need none
-        """Takes over a state; a task without one ignores it."""
+    def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:  # noqa: B027 - most tasks need none
+        """Takes over the state of the checkpoint of `step`; a task without one ignores it."""
 
     def close(self) -> None:  # noqa: B027 - most tasks need none
         """Closes what is open."""

@@ -73,13 +73,14 @@ class TrainResult:
 # --- settings from the command line -----------------------------------------------------------------------------------
 
 
-def preset_config(agent_name: str, env: str, preset: str = "auto") -> tuple[str, Any]:
+def preset_config(agent_name: str, env: str, preset: str = "auto", *, online: bool = False) -> tuple[str, Any]:
     """The agent's configuration under a named preset.
 
     Args:
         agent_name: such as "floq".
         env: name of the task, for "auto".
         preset: a name of the agent's presets, "auto" or "none".
+        online: "auto" takes the preset of online fine-tuning, where there is one.
 
     Returns:
         The name of the preset that was chosen ("none" if there is none for the task), and the configuration.
@@ -90,6 +91,8 @@ def preset_config(agent_name: str, env: str, preset: str = "auto") -> tuple[str,
     module, config_class = agents.module(agent_name), agents.config_class(agent_name)
     if preset == "auto":
         preset = module.preset_for(env) or "none"
+        if online and f"{preset}/online" in module.PRESETS:
+            preset += "/online"
     if preset == "none":
         return preset, config_class()
     if preset not in module.PRESETS:
@@ -114,7 +117,7 @@ def default_settings(agent_name: str, env: str, preset: str = "auto", **changes:
         UserError: no such preset.
         ValueError: a field of `changes` that cannot be.
     """
-    preset, config = preset_config(agent_name, env, preset)
+    preset, config = preset_config(agent_name, env, preset, online=bool(changes.get("online_steps")))
     loop = agents.module(agent_name).LOOP_PRESETS.get(preset, {})
     return agents.settings_class(agent_name)(**{"env": env, "agent": config, "preset": preset, **loop, **changes})
 
@@ -140,11 +143,12 @@ def parse(agent_name: str, argv: Sequence[str], prog: str | None = None) -> Any:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--env", "--preset", "--resume", "--run-dir"):
         first.add_argument(flag)
+    first.add_argument("--online-steps", "--online_steps")
     try:
         chosen, _ = first.parse_known_args(list(argv))
     except argparse.ArgumentError:
         # A flag without its value: the second stage says so, with its help.
-        chosen = argparse.Namespace(env=None, preset=None, resume=None, run_dir=None)
+        chosen = argparse.Namespace(env=None, preset=None, resume=None, run_dir=None, online_steps=None)
 
     config_class, settings_class = agents.config_class(agent_name), agents.settings_class(agent_name)
     if chosen.resume is not None:
@@ -154,7 +158,10 @@ def parse(agent_name: str, argv: Sequence[str], prog: str | None = None) -> Any:
         default = settings_from_config(Run.open(chosen.resume), agent_name)
         preset = default.preset
     else:
-        default = default_settings(agent_name, chosen.env or "", chosen.preset or "auto")
+        # The number itself is the second stage's.
+        online = hasattr(settings_class, "online_steps") and chosen.online_steps not in (None, "0")
+        changes = {"online_steps": 1} if online else {}
+        default = default_settings(agent_name, chosen.env or "", chosen.preset or "auto", **changes)
         preset = default.preset
         # Help shows what was chosen from, and a task that was not given is asked for.
         env = tyro.MISSING if chosen.env is None else chosen.env
@@ -204,6 +211,7 @@ def settings_from_config(run: Run, agent_name: str) -> Any:
     for name in ("run_dir", *_PATHS):
         if values.get(name) is not None:
             values[name] = Path(values[name])
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return settings_class(agent=config_from_json(agent_name, config["agent"]), **values)
 
 
@@ -216,7 +224,7 @@ def _say(text: str) -> None:
 
 
 def train(settings: LoopSettings[Any], agent_name: str = "floq", *, out: Callable[[str], None] = _say) -> TrainResult:
-    """Trains until `settings.steps` updates are done or a signal asks to stop; what `fastflow train` does.
+    """Trains until `settings.last_step` is reached or a signal asks to stop; what `fastflow train` does.
 
     Args:
         settings: of the agent's settings class; with `resume`, the state comes from the newest checkpoint of that run
@@ -308,7 +316,7 @@ class _Training:
             load_agent_state(self.agent, saved.part("agent"), self.run.checkpoint_path(saved.step))
             loop = saved.part("loop")
             self.generator.set_state(loop["batches_generator"])
-            self.task.load_state_dict(saved.part("task"))
+            self.task.load_state_dict(saved.part("task"), saved.step)
             self.meter.load(saved.loop["metrics"], loop)
             self.step = self.saved_at = saved.step
             self.seconds = saved.loop["seconds"]
@@ -361,7 +369,8 @@ class _Training:
         if saved.loop["fingerprint"] is None:
             self.run.save_samples(self.task.samples())
         # Settings that may change are recorded as they are from now on; how they were is in the list.
-        before = {name: self.run.config.get(name) for name in ("steps", "versions", "device_name", "threads_used")}
+        names = ("steps", "online_steps", "versions", "device_name", "threads_used")
+        before = {name: self.run.config[name] for name in names if name in self.run.config}
         history = [*self.run.config.get("resumed", []), {"step": saved.step, "before": before}]
         created = self.run.config.get("created")
         self.run.config |= self._config() | {"created": created, "resumed": history}
@@ -393,17 +402,22 @@ class _Training:
         self.began = time.perf_counter() - self.seconds
         self.interval_began = (self.step, time.perf_counter())
         self._evaluate_if_due()
-        while self.step < settings.steps and not self.stop.requested:
+        while self.step < settings.last_step and not self.stop.requested:
             try:
-                batch = self.task.sample(batch_size, self.generator)
+                metrics = [
+                    self.agent.update(self.task.sample(batch_size, self.generator))
+                    for _ in range(self.task.begin_step(self.step, self.generator))
+                ]
             except UserError as error:
                 raise self._lost(error) from error
-            self.meter.add(self.agent.update(batch))
+            self.meter.add(metrics[0] if len(metrics) == 1 else _means(metrics))
             self.step += self.stride
             self.display.advance(self.meter)
-            if self.step % settings.log_interval == 0:
+            # Where learning goes online there is a row of its own and a checkpoint, to begin from in other ways.
+            turn = self.step == settings.steps
+            if self.step % settings.log_interval == 0 or turn:
                 self._log()
-            if settings.save_interval and self.step % settings.save_interval == 0:
+            if (settings.save_interval and self.step % settings.save_interval == 0) or turn:
                 self._save()
             self._evaluate_if_due()
         if not self.stop.requested:
@@ -498,6 +512,7 @@ class _Training:
         if self.saved_at == self.step:
             return
         self._read_meter()
+        self.task.save()
         names, sums = self.meter.save()
         checkpoint = Checkpoint(
             step=self.step,
@@ -530,7 +545,8 @@ class _Training:
         settings = self.settings
         if not settings.eval_interval or not self.task.evaluates or self.stop.requested:
             return
-        if not (last or self.step % settings.eval_interval == 0) or self.step in self.run.eval.steps():
+        due = last or self.step % settings.eval_interval == 0 or self.step == settings.steps
+        if not due or self.step in self.run.eval.steps():
             return
         if self.meter.count:
             self._read_meter()
@@ -564,6 +580,11 @@ def _derived_seed(seed: int, *path: str | int) -> int:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _means(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Means of the metrics of several updates."""
+    return {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
 
 
 class _Meter:
@@ -651,7 +672,7 @@ class _Display:
     def __init__(self, settings: LoopSettings[Any], task: Task, step: int, out: Callable[[str], None]) -> None:
         self.out = out
         self.task = task
-        self.steps = settings.steps
+        self.steps = settings.last_step
         self.step = step
         self.on = settings.progress and sys.stderr.isatty()
         self._bar: Any = None

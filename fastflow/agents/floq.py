@@ -184,6 +184,7 @@ setting with K = 8 and a noise coverage of 0.1 everywhere, `/best` the one with 
 fine-tuning."""
 
 LOOP_PRESETS: dict[str, dict[str, Any]] = {
+    **{f"{name}/online": {"steps": 1_000_000, "online_steps": 2_000_000} for name in _PUBLISHED},
     # Minutes on one CPU core.
     "pointmaze-arena-demo": {
         "steps": 15_000,

@@ -75,7 +75,7 @@ def finished(path: Path) -> Run | None:
         run = Run.open(path)
     except UserError:
         return None
-    steps = run.config["steps"]
+    steps = run.last_step
     if steps not in run.checkpoint_steps() or (run.config["eval_interval"] and steps not in run.eval.steps()):
         return None
     return run
@@ -85,7 +85,7 @@ def read_after(run: Run, function: str) -> dict[str, float] | None:
     """The further metrics that `function` ("module:function") found of a finished run, or None if it has yet to."""
     try:
         saved = json.loads(after_path(run.path).read_text(encoding="utf-8"))
-        if (saved["function"], saved["step"]) != (function, run.config["steps"]):
+        if (saved["function"], saved["step"]) != (function, run.last_step):
             return None
         return {str(name): float(value) for name, value in saved["metrics"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -101,7 +101,7 @@ def results(experiment: Experiment, seeds: Sequence[int], folder: Path) -> list[
             further = None if run is None else {} if arm.after is None else read_after(run, arm.after)
             if run is None or further is None:
                 continue
-            step = run.config["steps"]
+            step = run.last_step
             rows = [row for row in run.eval.rows() if row["step"] == step]
             values = dict(rows[-1]) if rows else {}
             clock = [row["time/total_time"] for row in [*run.train.rows(), *rows] if "time/total_time" in row]

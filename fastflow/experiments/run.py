@@ -63,6 +63,7 @@ def run(
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     plot_only: bool = False,
+    command: str | None = None,
     out: Callable[[str], None] = _say,
 ) -> list[Path]:
     """Does what is not done yet of an experiment and reports; what `fastflow experiment` does.
@@ -78,6 +79,7 @@ def run(
         arms: names of those to run; by default all. The report is about all.
         seeds: to run; by default those of the size.
         plot_only: only reports, from what is finished.
+        command: what the report says that it was made by; by default fastflow experiment.
         out: called with every line of text.
 
     Returns:
@@ -94,8 +96,10 @@ def run(
         raise UserError(f"jobs: expected at least 1, got {jobs}")
     folder = Path("runs") / f"{experiment.name}__{size}" if output is None else Path(output)
     facts = _claim(experiment, size, chosen_seeds, folder, write=not plot_only)
-    command = f"fastflow experiment {experiment.name} --size {size}"
-    facts["command"] = command if output is None else f"{command} --output {shlex.quote(str(output))}"
+    if command is None:
+        command = f"fastflow experiment {experiment.name} --size {size}"
+        command = command if output is None else f"{command} --output {shlex.quote(str(output))}"
+    facts["command"] = command
 
     failures: list[str] = []
     stopped = False
@@ -103,7 +107,7 @@ def run(
         todo = [_Job(experiment, size, arm, seed, folder) for seed in chosen_seeds for arm in chosen_arms]
         count = len(todo)
         todo = [job for job in todo if job.next() is not None]
-        workers = min(jobs or _cores(), max(len(todo), 1))
+        workers = min(jobs or cores(), max(len(todo), 1))
         out(f"{experiment.name}, {size}: {count - len(todo)} of {count} runs finished before, {workers} at a time")
         out(f"folder: {folder}; budget: {experiment.sizes[size].budget}")
         failures, stopped = _work(todo, workers, count, out)
@@ -139,7 +143,7 @@ def _choose(
     return [arm for arm in experiment.arms if arms is None or arm.name in arms], chosen
 
 
-def _cores() -> int:
+def cores() -> int:
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -230,7 +234,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _machine() -> str:
-    return f"{_cpu_name()}, {_cores()} cores, {platform.system()}"
+    return f"{_cpu_name()}, {cores()} cores, {platform.system()}"
 
 
 def _commit() -> str | None:
@@ -294,7 +298,7 @@ def measure(function: str, path: str | Path) -> None:
             found[str(key)] = float(value)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{function}: {key}: expected a number, got {value!r}") from error
-    record = {"function": function, "step": finished.config["steps"], "metrics": found}
+    record = {"function": function, "step": finished.last_step, "metrics": found}
     write_json(report.after_path(finished.path), record)
 
 
