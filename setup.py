@@ -31,6 +31,8 @@ rl = [
 dmc = [f"dm_control>=1.0.20; {by_pip}", "mujoco>=3.17,<4"]
 plot = ["matplotlib>=3.8"]
 docs = ["mkdocs>=1.6", "mkdocstrings[python]>=1.0"]
+# Videos of episodes: GIF needs imageio alone, which Gymnasium's MuJoCo environments need too, MP4 a codec.
+video = ["imageio[ffmpeg]>=2.34"]
 # Its losses' hooks that fastflow.torchrl uses are those of 0.14.
 torchrl = ["torchrl>=0.14.1"]
 # The client of the Hugging Face Kernel Hub, which loads what `python -m fastflow.hub` writes.
@@ -70,6 +72,7 @@ setup(
         "rl": rl,
         "dmc": dmc,
         "plot": plot,
+        "video": video,
         "torchrl": torchrl,
         "hub": hub,
         # What the benchmarks compare with, and the figure that they draw.

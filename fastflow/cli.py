@@ -240,12 +240,13 @@ def _evaluate(argv: list[str]) -> int:
         checkpoint: int | None = None,
         all_checkpoints: bool = False,
         device: str = "auto",
+        video: Path | None = None,
     ) -> dict[str, Any]:
         """Tests what saved runs have learnt.
 
         A policy plays episodes; success, return and length are printed, and of several runs also the mean and the
-        interquartile mean with a bootstrap interval. A successor model is compared with true futures. Results are
-        written to RUN/evaluations, and to RUN/eval.csv where that step has no row yet.
+        interquartile mean with a bootstrap interval, task by task. A successor model is compared with true futures.
+        Results are written to RUN/evaluations, and to RUN/eval.csv where that step has no row yet.
 
         Args:
             runs: Run folders, all of one agent.
@@ -257,6 +258,7 @@ def _evaluate(argv: list[str]) -> int:
             checkpoint: Step of the checkpoint; by default the newest.
             all_checkpoints: Every checkpoint of each run.
             device: auto, cpu, cuda or cuda:N.
+            video: A .gif or .mp4 to write an episode of a policy to; one run.
         """
         return locals()
 
@@ -268,6 +270,8 @@ def _evaluate(argv: list[str]) -> int:
     command = _command(runs, "evaluate")
     options["num_envs"] = options.pop("envs")
     taken = inspect.signature(command).parameters
+    if options["video"] is not None and "video" not in taken:
+        raise UserError("video: expected runs of a policy, got those of a successor model")
     command(runs, **{name: value for name, value in options.items() if name in taken})
     return 0
 

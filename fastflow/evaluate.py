@@ -20,7 +20,7 @@ from fastflow.errors import UserError
 from fastflow.info import versions
 from fastflow.record import Run, load_agent, to_json, write_json
 
-__all__ = ["Episodes", "Rollouts", "bootstrap_interval", "evaluate", "interquartile_mean"]
+__all__ = ["Episodes", "Rollouts", "bootstrap_interval", "evaluate", "interquartile_mean", "summary"]
 
 
 class Policy(Protocol):
@@ -233,6 +233,7 @@ def evaluate_runs(
     checkpoint: int | None = None,
     all_checkpoints: bool = False,
     device: str = "auto",
+    video: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluates saved checkpoints of one or more runs and prints a table; what `fastflow evaluate` does.
 
@@ -245,6 +246,7 @@ def evaluate_runs(
         checkpoint: step of the checkpoint; None takes the newest.
         all_checkpoints: every checkpoint of the run instead.
         device: "auto", "cpu" or "cuda".
+        video: a .gif or .mp4 to write an episode to, of one run and checkpoint (see `fastflow.video.film`).
 
     Returns:
         One record per evaluated checkpoint, as written.
@@ -257,6 +259,8 @@ def evaluate_runs(
     if checkpoint is not None and all_checkpoints:
         raise UserError("evaluate: expected either --checkpoint or --all-checkpoints, got both")
     runs = [Run.open(path) for path in paths]
+    if video is not None:
+        check_video(video, len(runs), all_checkpoints)
     rollouts: dict[str, Rollouts] = {}
     records = []
     print(f"{'success':>8} {'return':>9} {'length':>7} {'episodes':>9} {'step':>9}  run")
@@ -266,6 +270,12 @@ def evaluate_runs(
             for step in steps or [None]:
                 agent, saved = load_agent(run, step, device)
                 env_name = run.config["env"]
+                if video is not None:
+                    from fastflow.envs import make_env
+                    from fastflow.video import film
+
+                    film(agent, env_name, video, make_env, seed=seed)
+                    print(f"video: {video}")
                 if env_name not in rollouts:
                     rollouts[env_name] = Rollouts(env_name, min(num_envs, episodes))
                 began = time.perf_counter()
@@ -282,7 +292,7 @@ def evaluate_runs(
         for pool in rollouts.values():
             pool.close()
     if len(runs) > 1 and not all_checkpoints:
-        print(_summary(records))
+        print(summary(records, "success"))
     return records
 
 
@@ -306,14 +316,35 @@ def _record(run: Run, step: int, finished: Episodes, seed: int, seconds: float) 
     return record
 
 
-def _summary(records: Sequence[dict[str, Any]]) -> str:
+def check_video(path: Path, runs: int, all_checkpoints: bool) -> None:
+    """Raises UserError unless a video of an episode can be written there, before anything is loaded."""
+    from fastflow.video import check_path
+
+    if runs != 1 or all_checkpoints:
+        raise UserError("video: expected one run and one checkpoint, got " + ("all" if all_checkpoints else str(runs)))
+    check_path(path)
+
+
+def summary(records: Sequence[dict[str, Any]], score: str) -> str:
+    """What several runs come to: a line per task, and one for all where there are several.
+
+    Args:
+        records: of `evaluate_runs`.
+        score: which number of theirs.
+
+    Returns:
+        A table: number of runs, mean, interquartile mean (IQM) and its 95 % bootstrap interval.
+    """
     groups: dict[str, list[float]] = {}
     for record in records:
-        groups.setdefault(record["env"], []).append(record["success"])
-    scores = [score for group in groups.values() for score in group]
-    low, high = bootstrap_interval(list(groups.values()))
-    tasks = f"{len(groups)} task" + ("s" if len(groups) > 1 else "")
-    return (
-        f"success over {len(scores)} runs of {tasks}: mean {np.mean(scores):.3f}, "
-        f"interquartile mean {interquartile_mean(scores):.3f} (95 % bootstrap interval {low:.3f} to {high:.3f})"
-    )
+        groups.setdefault(record["env"], []).append(record[score])
+    rows = [(task, [scores]) for task, scores in groups.items()]
+    if len(groups) > 1:
+        rows.append((f"all {len(groups)} tasks", list(groups.values())))
+    lines = [f"\n{'runs':>8} {'mean':>9} {'IQM':>9} {'95 % interval of the IQM':>26}  {score} over runs"]
+    for task, parts in rows:
+        scores = np.concatenate(parts)
+        low, high = bootstrap_interval(parts)
+        interval = f"{low:.3f} to {high:.3f}"
+        lines.append(f"{len(scores):8d} {scores.mean():9.3f} {interquartile_mean(scores):9.3f} {interval:>26}  {task}")
+    return "\n".join(lines)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastflow.agents.on_policy import OnPolicyConfig
 from fastflow.errors import UserError
-from fastflow.evaluate import Episodes, Rollouts
+from fastflow.evaluate import Episodes, Rollouts, check_video, summary
 from fastflow.info import versions
 from fastflow.online_envs import OnlineEnvs, check_name, make_envs, make_single
 from fastflow.online_envs.interaction import Interaction
 from fastflow.record import Run, load_agent, write_json
 from fastflow.settings import LoopSettings
 from fastflow.task import Task
+from fastflow.video import film
 
 __all__ = ["OnlineSettings", "OnlineTask", "evaluate_runs"]
 
@@ -316,12 +317,13 @@ def evaluate_runs(
     checkpoint: int | None = None,
     all_checkpoints: bool = False,
     device: str = "auto",
+    video: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Plays saved policies without and with noise and prints a table; what `fastflow evaluate` does with such runs.
 
     Args:
         paths: run folders. episodes: of each kind of noise. seed: of start states and noise. num_envs: that step
-            together. checkpoint, all_checkpoints, device: as for other agents.
+            together. checkpoint, all_checkpoints, device, video: as for other agents; the video is without noise.
 
     Returns:
         One record per evaluated checkpoint, as written to RUN/evaluations/.
@@ -333,9 +335,16 @@ def evaluate_runs(
         raise UserError("evaluate: expected at least one run folder")
     if checkpoint is not None and all_checkpoints:
         raise UserError("evaluate: expected either --checkpoint or --all-checkpoints, got both")
+    if video is not None:
+        check_video(video, len(paths), all_checkpoints)
     records = []
     print(f"{'return':>10} {'with noise':>10} {'length':>8} {'step':>11}  run")
     for run in map(Run.open, paths):
+        if video is not None:
+            film(
+                _Acting(load_agent(run, checkpoint, device)[0], True), run.config["env"], video, make_single, seed=seed
+            )
+            print(f"video: {video}")
         rollouts = Rollouts(run.config["env"], min(num_envs, episodes), make_single)
         try:
             for step in (run.checkpoint_steps() if all_checkpoints else [checkpoint]) or [None]:
@@ -356,4 +365,6 @@ def evaluate_runs(
                 records.append(record)
         finally:
             rollouts.close()
+    if len(paths) > 1 and not all_checkpoints:
+        print(summary(records, "episode.return"))
     return records

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastflow.errors import UserError
-from fastflow.evaluate import Rollouts, bootstrap_interval, evaluate, interquartile_mean
+from fastflow.evaluate import Rollouts, bootstrap_interval, evaluate, interquartile_mean, summary
 
 pytest.importorskip("ogbench")
 
@@ -128,3 +128,14 @@ def test_bootstrap_resamples_within_tasks():
     assert bootstrap_interval([[0.0, 0.0, 0.0], [1.0, 1.0]], np.mean) == (0.4, 0.4)
     with pytest.raises(ValueError, match="at least one score"):
         bootstrap_interval([[1.0], []])
+
+
+def test_summary_of_runs():
+    records = [{"env": env, "success": x} for env, x in (("a", 0.5), ("b", 1.0), ("a", 0.5), ("b", 1.0))]
+    lines = [line.split() for line in summary(records, "success").splitlines()[2:]]
+    assert lines == [
+        ["2", "0.500", "0.500", "0.500", "to", "0.500", "a"],
+        ["2", "1.000", "1.000", "1.000", "to", "1.000", "b"],
+        ["4", "0.750", "0.750", "0.750", "to", "0.750", "all", "2", "tasks"],
+    ]
+    assert len(summary(records[::2], "success").splitlines()) == 3

@@ -389,8 +389,8 @@ def test_seeds_in_one_command(transitions, tmp_path, capsys):
     run = Run.open(tmp_path / "all" / "floq" / "seed7")
     assert (run.checkpoint_steps()[-1], run.config["seed"], run.config["online_steps"]) == (5, 7, 3)
     last = run.eval.rows()[-1]
-    assert f"return over 1 seeds, mean and range: {last['evaluation/episode.return']:,.0f}" in printed
-    assert f"success over 1 seeds, mean and range: {last['evaluation/success']:g}" in printed
+    assert f"return over 1 seed, mean and range: {last['evaluation/episode.return']:,.0f}" in printed
+    assert f"success over 1 seed, mean and range: {last['evaluation/success']:g}" in printed
     summary = (tmp_path / "all" / "summary.md").read_text()
     assert f"`fastflow train floq --env {ENV} --dataset-path" in summary
     assert cli.main([*argv, "7", "--jobs", "1"]) == 0

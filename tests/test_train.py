@@ -469,8 +469,9 @@ def test_evaluate_runs(settings, capsys):
     runs = [train(settings(f"seed{seed}", seed=seed, steps=4, save_interval=2), out=quiet).run for seed in (0, 1)]
     records = evaluate_runs([run.path for run in runs], episodes=2, seed=5, num_envs=2, device="cpu")
     printed = capsys.readouterr().out
-    assert "interquartile mean" in printed
-    assert "2 runs of 1 task" in printed
+    assert "95 % interval of the IQM" in printed
+    mean = np.mean([record["success"] for record in records])
+    assert printed.splitlines()[-1].split() == ["2", f"{mean:.3f}", f"{mean:.3f}", *printed.split()[-4:-1], ENV]
     assert [record["step"] for record in records] == [4, 4]
     written = json.loads((runs[0].path / "evaluations" / "step_00000004_seed5.json").read_text())
     assert written["success"] == records[0]["success"]

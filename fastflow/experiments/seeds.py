@@ -105,7 +105,7 @@ def train_seeds(
     for column, label in settings.scores.items():
         values = [result.values[column] for result in results if column in result.values]
         kind = "interquartile mean and 95 % interval" if len(values) >= report.LEAST_SEEDS else "mean and range"
-        out(f"{label} over {len(values)} seeds, {kind}: {report.estimate(values)}")
+        out(f"{label} over {len(values)} seed{'s' * (len(values) != 1)}, {kind}: {report.estimate(values)}")
     return folder
 
 
