@@ -131,6 +131,8 @@ class _Filmed:
 def _write(path: Path, frames: list[np.ndarray], rate: float) -> None:
     import imageio.v3
 
-    timing: dict[str, Any] = {"fps": rate} if path.suffix == ".mp4" else {"duration": 1000 / rate, "loop": 0}
+    timing: dict[str, Any] = (
+        {"fps": rate, "macro_block_size": 2} if path.suffix == ".mp4" else {"duration": 1000 / rate, "loop": 0}
+    )
     with atomic_write(path) as temporary:
         imageio.v3.imwrite(temporary, np.stack(frames), **timing)

@@ -210,5 +210,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     # A skipped module arrives as one report without keywords, hence the reason is looked at as well.
     skipped = terminalreporter.stats.get("skipped", [])
-    count = sum("gpu" in report.keywords or NO_GPU in str(report.longrepr) for report in skipped)
+    count = sum("gpu" in getattr(report, "keywords", ()) or NO_GPU in str(report.longrepr) for report in skipped)
     terminalreporter.write_line(f"skipped for want of a GPU: {count}")

@@ -116,9 +116,11 @@ def test_a_command_line_parses(line, monkeypatch, capsys):
     assert command in cli._COMMANDS
     if command == "train":
         from fastflow.agents import NAMES
+        from fastflow.experiments.seeds import split
         from fastflow.train import parse
 
         assert arguments[0] in NAMES
+        _, arguments[1:] = split(arguments[1:])
         if "--resume" not in arguments:  # which reads the run
             assert parse(arguments[0], arguments[1:]).env
         return
