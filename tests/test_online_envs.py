@@ -317,6 +317,46 @@ def test_snapshots_are_exact(name, before, tmp_path):
                 assert_same(target.step(actions), step)
 
 
+def press(core) -> np.ndarray:
+    """An action of the robot towards its first button: over it, then down."""
+    way = core._data.site_xpos[core._button_site_ids[0]] - core._data.site_xpos[core._pinch_site_id]
+    sideways = np.clip(way[:2] / 0.05, -1, 1)
+    down = -1.0 if np.linalg.norm(way[:2]) < 0.02 else np.clip((way[2] + 0.08) / 0.05, -1, 1)
+    return np.array([[*sideways, down, 0.0, 1.0]], dtype=np.float32)
+
+
+@pytest.mark.parametrize(("name", "before", "after"), [("cube-single-singletask-v0", 150, 60), ("scene", 10, 60)])
+def test_snapshots_of_manipulation(name, before, after):
+    """A cube's episode ends on the way; in the scene a button is pressed, which locks the drawer."""
+    pytest.importorskip("ogbench")
+    name = "scene-singletask-v0" if name == "scene" else name
+    with make_envs(name, 1) as envs, make_envs(name, 1) as others:
+        obs = envs.reset(3)
+        core = envs._guards[0].unwrapped
+        sampled = actions_for(envs, before + after)
+        for action in sampled[:before]:
+            obs = envs.step(action).obs
+        state = envs.snapshot()
+        locked = core.model.dof_damping.sum()
+        actions, expected = [], []
+        for action in sampled[before:]:
+            actions.append(press(core) if name.startswith("scene") else action)
+            expected.append(envs.step(actions[-1]))
+        if name.startswith("scene"):
+            assert core.model.dof_damping.sum() != locked
+            state_after = envs.snapshot()
+        else:
+            assert sum(step.truncated.sum() for step in expected) == 1
+        np.testing.assert_array_equal(others.restore(state), obs)
+        for action, step in zip(actions, expected):
+            assert_same(others.step(action), step)
+        if name.startswith("scene"):
+            # Also into an environment whose locks are others.
+            others.restore(state)
+            others.restore(state_after)
+            assert_same(others.step(actions[0]), envs.step(actions[0]))
+
+
 @pytest.mark.parametrize("moment", ["reset", "first step"])
 @pytest.mark.parametrize("name", GYMNASIUM)
 def test_snapshots_at_the_beginning(name, moment):

@@ -39,8 +39,8 @@ _DERIVED = (
     "xpos",
     "xquat",
 )
-# What tasks change in their model when an episode begins: targets, and how they look.
-_MODEL = ("geom_pos", "geom_rgba", "geom_size", "site_pos", "site_rgba", "site_size", "wrap_prm")
+# What tasks change in their model: targets and how they look when an episode begins, colours and locks at a button.
+_MODEL = ("dof_damping", "geom_pos", "geom_rgba", "geom_size", "site_pos", "site_rgba", "site_size", "wrap_prm")
 
 
 def simulator_state(model: Any, data: Any) -> dict[str, np.ndarray]:

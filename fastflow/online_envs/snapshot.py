@@ -17,7 +17,7 @@ from fastflow.online_envs.simulator import set_simulator_state, simulator_state
 __all__ = ["capture", "reinstate"]
 
 # Environments whose state is their simulator's, their generator's and numbers in attributes of their own.
-_MUJOCO = ("gymnasium.envs.mujoco.", "ogbench.online_locomotion.", "ogbench.locomaze.")
+_MUJOCO = ("gymnasium.envs.mujoco.", "ogbench.online_locomotion.", "ogbench.locomaze.", "ogbench.manipspace.envs.")
 
 
 def capture(env: gymnasium.Env) -> dict[str, np.ndarray] | None:
@@ -94,5 +94,5 @@ def _numbers(core: Any) -> Iterator[tuple[str, Any]]:
     """Attributes of an environment that are numbers or arrays of numbers."""
     for name, value in sorted(vars(core).items()):
         is_array = isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.number)
-        if is_array or (isinstance(value, bool | int | float | np.number) and name != "_np_random_seed"):
+        if is_array or (isinstance(value, bool | int | float | np.number | np.bool_) and name != "_np_random_seed"):
             yield name, value
