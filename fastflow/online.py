@@ -37,7 +37,8 @@ class OnlineSettings(LoopSettings[OnPolicy]):
 
     The env is a gymnasium id (Hopper-v5, ...), one of OGBench's (online-ant-v0, pointmaze-medium-singletask-v0, ...),
     dmc-DOMAIN-TASK, gridworld-MAP or bandit-two-modes. Ctrl-C saves a checkpoint and prints the command that goes on
-    from it: bit for bit, where the environments can be saved too.
+    from it: bit for bit, where the environments can be saved too. --seeds 0 1 2 (and --jobs 2) trains several runs and
+    prints their interquartile mean.
     """
 
     steps: int = 1_000_000

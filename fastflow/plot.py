@@ -100,10 +100,14 @@ def column(rows: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, 
     return steps, values
 
 
-def updates_axis(axis: Axes) -> None:
+def updates_axis(axis: Axes, runs: Sequence[Run] = ()) -> None:
+    """The axis of steps, with a line where runs went online."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axis.set_xlabel("updates")
+    turns = {run.config["steps"] for run in runs if run.config.get("online_steps")}
+    for turn in turns:
+        axis.axvline(turn, color="#888888", linewidth=1, linestyle=":")
+    axis.set_xlabel("updates, then environment steps" if turns else "updates")
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
@@ -134,7 +138,7 @@ def draw_success(axis: Axes, runs: Sequence[Run]) -> None:
     axis.set_ylim(0, 1.02)
     axis.set_ylabel("success rate")
     axis.set_title("Success")
-    updates_axis(axis)
+    updates_axis(axis, runs)
     if len(runs) > 1:
         axis.legend(ncols=2 if len(runs) > 4 else 1, fontsize=8)
 
@@ -167,7 +171,7 @@ def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
     axis.set_ylabel("loss")
     of_critic = any("/critic/" in name for name in names_drawn)
     axis.set_title("Training losses" if len(runs) == 1 else "Flow loss of the critic" if of_critic else "Training loss")
-    updates_axis(axis)
+    updates_axis(axis, runs)
 
 
 def _is_sum(name: str, names: Sequence[str]) -> bool:

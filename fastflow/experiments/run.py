@@ -63,6 +63,7 @@ def run(
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     plot_only: bool = False,
+    threads: int = 1,
     command: str | None = None,
     out: Callable[[str], None] = _say,
 ) -> list[Path]:
@@ -79,6 +80,7 @@ def run(
         arms: names of those to run; by default all. The report is about all.
         seeds: to run; by default those of the size.
         plot_only: only reports, from what is finished.
+        threads: of each run on the CPU, where an experiment leaves them to torch (threads 0).
         command: what the report says that it was made by; by default fastflow experiment.
         out: called with every line of text.
 
@@ -110,7 +112,7 @@ def run(
         workers = min(jobs or cores(), max(len(todo), 1))
         out(f"{experiment.name}, {size}: {count - len(todo)} of {count} runs finished before, {workers} at a time")
         out(f"folder: {folder}; budget: {experiment.sizes[size].budget}")
-        failures, stopped = _work(todo, workers, count, out)
+        failures, stopped = _work(todo, workers, count, threads, out)
     written = report.write(experiment, facts["seeds"], folder, facts, out)
     if experiment.picture is not None:
         module, _, name = experiment.picture.partition(":")
@@ -363,7 +365,7 @@ class _Job:
 class _Process:
     """A command of a job under way."""
 
-    def __init__(self, job: _Job, stage: str, command: Sequence[str]) -> None:
+    def __init__(self, job: _Job, stage: str, command: Sequence[str], threads: int) -> None:
         self.job = job
         self.stage = stage
         self.began = time.perf_counter()
@@ -376,7 +378,7 @@ class _Process:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             # Out of the terminal's reach: its Ctrl-C besides ours would be the second, which does not save.
             start_new_session=True,
         )
@@ -424,7 +426,9 @@ class _Requests:
         self.count += 1
 
 
-def _work(jobs: Sequence[_Job], workers: int, count: int, out: Callable[[str], None]) -> tuple[list[str], bool]:
+def _work(
+    jobs: Sequence[_Job], workers: int, count: int, threads: int, out: Callable[[str], None]
+) -> tuple[list[str], bool]:
     """Does `jobs`, `workers` at a time.
 
     Returns:
@@ -441,14 +445,14 @@ def _work(jobs: Sequence[_Job], workers: int, count: int, out: Callable[[str], N
                     job = waiting.popleft()
                     step = job.next()
                     if step is not None:
-                        active.append(_Process(job, *step))
+                        active.append(_Process(job, *step, threads))
                 time.sleep(_POLL_SECONDS)
                 for process in [process for process in active if process.done()]:
                     active.remove(process)
                     following = process.job.next()
                     code = process.process.returncode
                     if code == 0 and following is not None and following[0] != process.stage:
-                        active.append(_Process(process.job, *following))
+                        active.append(_Process(process.job, *following, threads))
                         continue
                     taken = time.perf_counter() - process.began
                     place = f"[{count - len(waiting) - len(active)} of {count}] {process.job.name}"

@@ -19,7 +19,7 @@ from fastflow.train import default_settings
 __all__ = ["Seeds", "split", "train_seeds"]
 
 # What every seed has for itself.
-_OWN = ("seed", "run_dir", "resume", "threads")
+_OWN = ("seed", "run_dir", "resume")
 _SIZE = "train"
 
 
@@ -90,17 +90,17 @@ def train_seeds(
         raise UserError(f"jobs: expected at least 1, got {seeds.jobs}")
     folder = settings.run_dir or Path("runs") / f"{settings.env}__{agent_name}__seeds"
     arm = Arm(agent_name, agent_name)
-    declared = {**_changes(agent_name, settings), "threads": settings.threads or max(cores() // seeds.jobs, 1)}
     experiment = Experiment(
         name=f"{settings.env}__{agent_name}",
         title=f"{agent_name} on {settings.env}, preset {settings.preset}",
         agent=agent_name,
         question="How well does it do, over seeds?",
         arms=(arm,),
-        sizes={_SIZE: Size(declared, seeds.seeds, f"{settings.last_step:,} steps per seed")},
+        sizes={_SIZE: Size(_changes(agent_name, settings), seeds.seeds, f"{settings.last_step:,} steps per seed")},
         metrics=tuple(Metric(column, label, "higher") for column, label in settings.scores.items()),
     )
-    run(experiment, size=_SIZE, output=folder, jobs=seeds.jobs, command=command, out=out)
+    threads = max(cores() // seeds.jobs, 1)
+    run(experiment, size=_SIZE, output=folder, jobs=seeds.jobs, threads=threads, command=command, out=out)
     results = report.results(experiment, seeds.seeds, folder)
     for column, label in settings.scores.items():
         values = [result.values[column] for result in results if column in result.values]
@@ -113,7 +113,7 @@ def _changes(agent_name: str, settings: LoopSettings[Any]) -> dict[str, Any]:
     """Dotted names and values of what differs from the preset, and the settings that runs among many have otherwise."""
     default = default_settings(agent_name, settings.env, settings.preset)
     found: dict[str, Any] = {"env": settings.env, "preset": settings.preset}
-    found |= {name: getattr(settings, name) for name in ("tensorboard", "keep_checkpoints")}
+    found |= {name: getattr(settings, name) for name in ("tensorboard", "keep_checkpoints", "threads")}
     for prefix, ours, theirs in (("", settings, default), ("agent.", settings.agent, default.agent)):
         before: Mapping[str, Any] = to_json(theirs)
         for name, value in to_json(ours).items():
