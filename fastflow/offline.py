@@ -122,6 +122,12 @@ class OfflineTask(Task):
         out: Callable[[str], None],
     ) -> None:
         self.settings = settings
+        keys = getattr(settings.agent, "further_keys", ())
+        if keys and settings.online_steps:
+            raise UserError(
+                f"online_steps: this {type(settings.agent).__name__} learns from {' and '.join(keys)} of the dataset, "
+                "which are not known while an episode goes on; expected 0"
+            )
         try:
             self.data, self.validation = load_dataset(
                 settings.env, dataset_dir=settings.dataset_dir, dataset_path=settings.dataset_path, device=device
@@ -129,7 +135,7 @@ class OfflineTask(Task):
         except (OSError, ValueError) as error:
             raise UserError(f"dataset of {settings.env}: {error}") from error
         self.facts = self._facts()
-        if keys := getattr(settings.agent, "further_keys", ()):
+        if keys:
             self.data = self.data.with_behaviour(keys, settings.agent.discount)
             if self.validation is not None:
                 self.validation = self.validation.with_behaviour(keys, settings.agent.discount)

@@ -323,6 +323,11 @@ def test_data_of_another_task(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_targets_from_the_data_are_for_offline_learning(settings):
+    with pytest.raises(UserError, match="online_steps: this FloqConfig learns from returns of the dataset"):
+        train(settings(agent={"critic_target": "returns"}), out=quiet)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
