@@ -25,6 +25,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "floq-recovery": ("fastflow.experiments.floq", "RECOVERY"),
     "floq-target-noise": ("fastflow.experiments.floq", "TARGET_NOISE"),
     "floq-plasticity": ("fastflow.experiments.floq", "PLASTICITY"),
+    "floq-utd": ("fastflow.experiments.floq", "UTD"),
     "floq-feature-norm": ("fastflow.experiments.floq", "FEATURE_NORM"),
     "td2-linear-gaussian": ("fastflow.experiments.td2_cfm", "LINEAR_GAUSSIAN"),
     "td2-pointmaze": ("fastflow.experiments.td2_cfm", "POINTMAZE"),

@@ -24,6 +24,7 @@ __all__ = [
     "TARGET",
     "TARGET_NOISE",
     "TIME",
+    "UTD",
 ]
 
 _MEASURES = "fastflow.experiments.floq_measures"
@@ -289,4 +290,41 @@ FEATURE_NORM = Experiment(
     ),
     sizes=_sizes(("antmaze-giant-navigate", "humanoidmaze-medium-navigate")),
     metrics=(_NORM, Metric("feature_norm", "feature norm"), _SUCCESS, _LAST),
+)
+
+_ONLINE = 3_000
+
+UTD = Experiment(
+    name="floq-utd",
+    title="Updates per environment step, online with offline data from the first step",
+    agent="floq",
+    question="Which critic makes use of many updates per environment step?",
+    arms=tuple(
+        _arm(f"{name}-{ratio}", f"{label}, {ratio}", {"utd_ratio": ratio, **settings}, x=float(ratio), group=label)
+        for name, label, settings in (("floq", "floq", {}), ("monolithic", "plain critic", _MONOLITHIC))
+        for ratio in (1, 2, 4, 8)
+    ),
+    sizes=_sizes(
+        (
+            "antmaze-giant-navigate",
+            "antsoccer-arena-navigate",
+            "humanoidmaze-large-navigate",
+            "humanoidmaze-medium-navigate",
+        ),
+        # The learning rate stays as it is: decays of different lengths would be compared besides.
+        _small(
+            0,
+            online_steps=_ONLINE,
+            balanced_sampling=True,
+            agent__lr_decay_steps=0,
+            eval_interval=_ONLINE // 10,
+            save_interval=_ONLINE,
+            log_interval=_ONLINE // 10,
+        ),
+        steps=0,
+        online_steps=1_000_000,
+        balanced_sampling=True,
+    ),
+    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR),
+    x="updates per environment step",
 )
