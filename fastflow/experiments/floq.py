@@ -80,7 +80,7 @@ def _sizes(envs: Sequence[str], small: Size | None = None, **settings: Any) -> d
     sizes = {"small": small or _small()}
     for env in envs:
         name = "paper" if env == envs[0] else f"paper-{env.rpartition('-')[0]}"
-        # Learning stays offline, also with a preset that is for fine-tuning.
+        # Learning stays offline, also with a preset that is for fine-tuning, unless `settings` says otherwise.
         shared: dict[str, Any] = {"env": f"{env}-singletask-v0", "preset": _PUBLISHED.get(env, env)}
         shared |= {"steps": 2_000_000, "online_steps": 0, **_dotted(settings)}
         sizes[name] = Size(shared, (0, 1, 2, 3, 4), "a GPU, days")
