@@ -25,7 +25,8 @@ usage: fastflow COMMAND [OPTIONS]
 
 commands:
   collect NAME   make an OGBench dataset locally with scripted policies
-  train AGENT    train floq, td2-cfm, fb, fpo, dppo or ppo; --env NAME, --resume RUN
+  train AGENT    train floq, fql, fql-iqn, value-flows, td2-cfm, fb, fpo, dppo or ppo;
+                 --env NAME, --resume RUN
   evaluate RUN   test what a saved run has learnt
   plot RUN       draw learning curves of saved runs, and what they learnt
   experiment NAME  run, repeat and draw a comparison
@@ -293,10 +294,10 @@ def _command(runs: Sequence[Path], which: str) -> Callable[..., Any]:
 
 def _plot(argv: list[str]) -> int:
     def plot(runs: tuple[Path, ...], /, output: Path | None = None, checkpoint: int | None = None) -> dict[str, Any]:
-        """Draws learning_curve.png, and flow_paths.png of a policy or futures.png, value_map.png of a successor model.
+        """Draws learning_curve.png, and flow_paths.png of floq or futures.png, value_map.png of a successor model.
 
         Args:
-            runs: Run folders, all of one agent or of fpo, dppo and ppo; several share one learning curve.
+            runs: Run folders of one kind (floq and its baselines; fpo, dppo, ppo); several share one learning curve.
             output: Folder for the figures; by default RUN/figures of the first run.
             checkpoint: Step of the checkpoint for the other figures; by default the newest.
         """

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastflow import ops
+from fastflow import ops, reference
 from fastflow.dense import dense_stack
 from fastflow.fields import (
     MLP,
@@ -24,6 +24,7 @@ from fastflow.fields import (
     FieldSpec,
     HLGauss,
     RawTime,
+    ResidualMLP,
     StateEmbedding,
     TimeEmbedding,
     VelocityField,
@@ -538,13 +539,20 @@ class _Plain(nn.Module):
     norm: str | None
     backend: str | None
     precision: str | None
+    # Of the hidden layers, see `reference.trunk`; None for one behind the other.
+    _wiring: Sequence[tuple[tuple[int, ...], int | None]] | None
 
     def __init__(self, activation: str, norm: str | None, backend: str | None, precision: str | None) -> None:
         super().__init__()
         self.activation, self.norm = activation, norm
         self.backend, self.precision = backend, precision
+        self._wiring = None
 
     def _dense(self, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        if self._wiring is not None:
+            return reference.dense_stack(
+                x, parameters, self.activation, self.norm, precision=self.precision, wiring=self._wiring
+            )
         native = (ops.DEFAULT_BACKEND if self.backend is None else self.backend) != "reference"
         return dense_stack(x, parameters, self.activation, self.norm, precision=self.precision, native=native)
 
@@ -608,6 +616,7 @@ class ValueNetwork(_Plain):
     Args:
         obs_dim, action_dim: O and A; `action_dim=0` gives a state value.
         hidden, activation, norm: of the network.
+        architecture: `MLP()` or `ResidualMLP(depth)`, which runs in plain PyTorch; see `FieldSpec`.
         ensemble: E members side by side, None for one.
         backend: "reference" for plain PyTorch; else, on the CPU, native code runs the network where it can.
         precision: "bf16" rounds the operands of matrix products; None follows torch's settings.
@@ -624,6 +633,7 @@ class ValueNetwork(_Plain):
         action_dim: int,
         *,
         hidden: Sequence[int] = (512, 512, 512, 512),
+        architecture: MLP | ResidualMLP = MLP(),  # noqa: B008 (frozen)
         ensemble: int | None = 2,
         activation: str = "gelu_tanh",
         norm: str | None = "layer",
@@ -633,6 +643,10 @@ class ValueNetwork(_Plain):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(activation, norm, backend, precision)
+        if not isinstance(architecture, (MLP, ResidualMLP)):
+            raise TypeError(f"ValueNetwork: architecture must be MLP or ResidualMLP, got {architecture!r}")
+        if isinstance(architecture, ResidualMLP):
+            self._wiring = [(layer.inputs, layer.add) for layer in architecture.trunk(tuple(hidden))]
         widths = (obs_dim + action_dim, *hidden, 1)
         self.network = DenseStack(tuple(zip(widths[:-1], widths[1:], strict=True)), ensemble, norm, device, dtype)
         self.obs_dim, self.action_dim, self.ensemble = obs_dim, action_dim, ensemble

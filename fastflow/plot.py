@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fastflow import agents
 from fastflow.atomic import atomic_write
 from fastflow.errors import UserError, missing_extra
 from fastflow.record import Run, load_agent
@@ -170,14 +171,15 @@ def draw_losses(axis: Axes, runs: Sequence[Run]) -> None:
         axis.text(0.5, 0.5, "no rows in train.csv yet", transform=axis.transAxes, ha="center", color="#888888")
     axis.set_ylabel("loss")
     of_critic = any("/critic/" in name for name in names_drawn)
-    axis.set_title("Training losses" if len(runs) == 1 else "Flow loss of the critic" if of_critic else "Training loss")
+    axis.set_title("Training losses" if len(runs) == 1 else "Loss of the critic" if of_critic else "Training loss")
     updates_axis(axis, runs)
 
 
 def _is_sum(name: str, names: Sequence[str]) -> bool:
     """Whether a loss is the total of its group (critic/critic_loss), shown by its parts instead."""
     group = name.split("/")[-2]  # "training" for a loss without one
-    return name.endswith(f"{group}/{group}_loss") and sum(n.startswith(f"training/{group}/") for n in names) > 1
+    losses = [n for n in names if n.startswith(f"training/{group}/") and n.endswith("_loss")]
+    return name.endswith(f"{group}/{group}_loss") and len(losses) > 1
 
 
 def flow_paths(run: Run, step: int | None = None, device: str = "cpu") -> tuple[np.ndarray, int]:
@@ -258,7 +260,8 @@ def plot_overview(runs: Sequence[Run], path: str | Path) -> Path:
 def plot_runs(
     paths: Sequence[str | Path], *, output: str | Path | None = None, checkpoint: int | None = None
 ) -> list[Path]:
-    """Draws learning_curve.png and flow_paths.png of one or more runs; what `fastflow plot` does.
+    """Draws learning_curve.png, and flow_paths.png where the critic is a flow to one value (floq), of one or more runs;
+    what `fastflow plot` does.
 
     Args:
         paths: run folders. Several share one learning curve; the flow paths are the first one's.
@@ -269,12 +272,17 @@ def plot_runs(
         The files written.
 
     Raises:
-        UserError: not a run folder, no such checkpoint, matplotlib is not installed, a file cannot be written.
+        UserError: not a run folder, no such checkpoint, a checkpoint of an agent without flow paths, matplotlib is not
+            installed, a file cannot be written.
     """
     if not paths:
         raise UserError("plot: expected at least one run folder")
     _matplotlib()
     runs = [Run.open(path) for path in paths]
+    agent = runs[0].config["agent_name"]
+    has_paths = hasattr(agents.agent_class(agent), "flow_paths")
+    if checkpoint is not None and not has_paths:
+        raise UserError(f"plot: a checkpoint is chosen for the critic's flow paths, and agent {agent} has none")
     folder = runs[0].path / "figures" if output is None else Path(output)
     written = []
     with figure_style():
@@ -283,7 +291,7 @@ def plot_runs(
         draw_losses(axes[1], runs)
         figure.suptitle(" / ".join(dict.fromkeys(run.config["env"] for run in runs)), x=0.01, ha="left")
         written.append(save_figure(figure, folder / "learning_curve.png"))
-        if runs[0].checkpoint_steps() or checkpoint is not None:
+        if has_paths and (runs[0].checkpoint_steps() or checkpoint is not None):
             figure, axes = new_figure(1, 6.4, 4.6)
             draw_flow_paths(axes[0], *flow_paths(runs[0], checkpoint))
             written.append(save_figure(figure, folder / "flow_paths.png"))

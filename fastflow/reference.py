@@ -129,6 +129,7 @@ def dense_stack(
     norm: str | None,
     eps: float = 1e-6,
     precision: str | None = None,
+    wiring: Sequence[tuple[tuple[int, ...], int | None]] | None = None,
 ) -> Tensor:
     """Dense -> activation -> optional LayerNorm per hidden layer, then Dense.
 
@@ -137,13 +138,15 @@ def dense_stack(
         parameters: weights and biases of every layer, then scales and shifts (`DenseStack.parameter_list`).
         activation, norm, eps: as in `FieldSpec`.
         precision: see `dense`.
+        wiring: of the hidden layers, as `trunk` takes it; None puts them one behind the other.
 
     Returns:
         [..., out] in x's dtype.
     """
     n = num_layers(parameters, norm)
     pairs = list(zip(parameters[::2], parameters[1::2], strict=True))
-    wiring = [((i - 1,) if i else (), None) for i in range(n - 1)]
+    if wiring is None:
+        wiring = [((i - 1,) if i else (), None) for i in range(n - 1)]
     position = "after" if norm == "layer" else None
     return trunk(x, wiring, pairs[:n], pairs[n:], [], activation, position, eps, precision)
 

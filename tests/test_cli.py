@@ -85,8 +85,8 @@ def test_help_lists_the_commands(flag, capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        *("collect", "train", "train floq", "train fpo", "train dppo", "train ppo", "evaluate", "plot", "relabel"),
-        "info",
+        *("collect", "train", "train floq", "train fql"),
+        *("train fpo", "train dppo", "train ppo", "evaluate", "plot", "relabel", "info"),
     ],
 )
 def test_help_of_each_command(name, capsys):
@@ -330,6 +330,28 @@ def test_on_policy_runs(agent, tmp_path, capsys):
     assert main(["evaluate", run, "--episodes", "2", "--device", "cpu"]) == 0
     assert main(["plot", run]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("learning_curve.png")
+
+
+@pytest.mark.parametrize("agent", ["fql", "fql-iqn", "value-flows"])
+def test_baselines_of_floq(agent, data, tmp_path, capsys):
+    """Trained, trained on to the same bits, evaluated and drawn."""
+    pytest.importorskip("matplotlib")
+    flags = "--preset none --device cpu --no-tensorboard --agent.batch-size 32 --agent.value-hidden-dims 16"
+    flags += " --agent.actor-hidden-dims 16 --agent.flow-steps 2 --log-interval 2 --eval-interval 0"
+    arguments = ["train", agent, "--env", ENV, "--dataset-path", str(data / "moves.npz"), *shlex.split(flags)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*arguments, "--run-dir", str(whole), "--steps", "5"]) == 0
+    assert main([*arguments, "--run-dir", str(parts), "--steps", "3"]) == 0
+    assert main(["train", agent, "--resume", str(parts), "--steps", "5"]) == 0
+    ends = [Run.open(path).load().tensors for path in (whole, parts)]
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+    assert Run.open(parts).config["agent_name"] == agent
+    assert main(["evaluate", str(parts), str(whole), "--episodes", "2", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["plot", str(parts), str(whole)]) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == ["learning_curve.png"]
+    code = main(["plot", str(parts), "--checkpoint", "5"])
+    assert_error(code, capsys, f"agent {agent} has none")
 
 
 def test_plot_draws_both_figures(data, tmp_path, capsys):

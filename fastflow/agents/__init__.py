@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
-__all__ = ["NAMES", "Entry", "command", "config_class", "make", "module", "settings_class", "task_class"]
+__all__ = ["NAMES", "Entry", "agent_class", "command", "config_class", "make", "module", "settings_class", "task_class"]
 
 
 class Entry(NamedTuple):
@@ -25,15 +25,24 @@ class Entry(NamedTuple):
     """What `fastflow evaluate` and `fastflow plot` do with its runs."""
 
 
-NAMES: dict[str, Entry] = {
-    "floq": Entry(
-        ("fastflow.agents.floq", "FloqConfig"),
-        ("fastflow.agents.floq", "FloqAgent"),
+def _offline(module: str, stem: str) -> Entry:
+    """An agent with FQL's actor: they share the task and the commands."""
+    where = f"fastflow.agents.{module}"
+    return Entry(
+        (where, f"{stem}Config"),
+        (where, f"{stem}Agent"),
         ("fastflow.offline", "TrainSettings"),
         ("fastflow.offline", "OfflineTask"),
         ("fastflow.evaluate", "evaluate_runs"),
         ("fastflow.plot", "plot_runs"),
-    ),
+    )
+
+
+NAMES: dict[str, Entry] = {
+    "floq": _offline("floq", "Floq"),
+    "fql": _offline("fql", "Fql"),
+    "fql-iqn": _offline("fql_iqn", "FqlIqn"),
+    "value-flows": _offline("value_flows", "ValueFlows"),
     "td2-cfm": Entry(
         ("fastflow.agents.td2_cfm", "Td2CfmConfig"),
         ("fastflow.agents.td2_cfm", "Td2CfmAgent"),
@@ -96,6 +105,15 @@ def config_class(name: str) -> type:
     return _load(_entry(name).config)
 
 
+def agent_class(name: str) -> type:
+    """The class of the agents of the algorithm `name`.
+
+    Raises:
+        ValueError: there is no such algorithm.
+    """
+    return _load(_entry(name).agent)
+
+
 def settings_class(name: str) -> type:
     """The settings dataclass that `fastflow train` fills for the algorithm `name`.
 
@@ -135,7 +153,7 @@ def make(name: str, config: Any, **arguments: Any) -> Any:
         ValueError: there is no such algorithm, or an argument that cannot be.
         TypeError: `config` is another algorithm's.
     """
-    return _load(_entry(name).agent)(config, **arguments)
+    return agent_class(name)(config, **arguments)
 
 
 def _entry(name: str) -> Entry:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -26,13 +25,16 @@ from fastflow.agents.fql_actor import (
     FqlActorConfig,
     FqlActorNetworks,
     FqlActorNoise,
+    actor_flops,
+    preset_name,
     reward_range,
 )
 from fastflow.features import feature_norm
 from fastflow.fields import MLP, Cosine, CosineFourier, RawTime, ResidualMLP, Scaled, TimeEmbedding
+from fastflow.flops import forward_flops, input_gradient_flops, training_flops
 from fastflow.modules import FlowCritic, ValueNetwork, value_ranges
 
-__all__ = ["PRESETS", "FloqAgent", "FloqConfig", "FloqNetworks", "FloqNoise", "preset_for", "reward_range"]
+__all__ = ["PRESETS", "FloqAgent", "FloqConfig", "FloqNetworks", "FloqNoise", "flops", "preset_for", "reward_range"]
 
 
 # Configuration ------------------------------------------------------------------------------------------------------
@@ -200,10 +202,7 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
 
 def preset_for(env_name: str) -> str | None:
     """Name of the preset for an environment or dataset such as "cube-single-play-singletask-v0"; None if none fits."""
-    name = re.sub(r"(-singletask(-task\d+)?)?-v\d+$", "", env_name)
-    if name == "pointmaze-arena-navigate":
-        return "pointmaze-arena-demo"
-    return name if name in _PUBLISHED else None
+    return preset_name(env_name, _PUBLISHED)
 
 
 # The agent ----------------------------------------------------------------------------------------------------------
@@ -347,11 +346,7 @@ class FloqAgent(FqlActorAgent):
     def sample_noise(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> FloqNoise:
         """Fresh noise for one update on `batch`, from `generator` or the agent's own."""
         b, s, a = batch["actions"].shape[0], self.config.noise_samples, self.action_dim
-        options: dict[str, Any] = {
-            "generator": self.generator if generator is None else generator,
-            "device": self.device,
-            "dtype": self.dtype,
-        }
+        options = self._noise_options(generator)
         # Two draws, cut into pieces: on small problems launches cost more than numbers.
         next_action, bc_noise, action = torch.randn((s + 2) * b, a, **options).split((s * b, b, b))
         target_start, start, time, bc_time = torch.rand((3 * s + 1) * b, **options).split((s * b, s * b, s * b, b))
@@ -525,6 +520,26 @@ class FloqAgent(FqlActorAgent):
 
 def _hidden_layers(config: FloqConfig) -> int:
     return 1 + config.num_transformations * config.block_depth if config.use_resnets else config.block_depth
+
+
+def flops(config: FloqConfig, obs_dim: int, action_dim: int) -> dict[str, int]:
+    """Floating-point operations of one update by part, see `fastflow.flops`."""
+    rows, cond = config.batch_size, obs_dim + action_dim
+    walkers = config.flow_num_ensembles * rows * config.noise_samples
+    features = config.num_bins - 1 if config.use_prob_embed else 1
+    field = (cond + features + _time_embedding(config).width(), *(config.block_width,) * _hidden_layers(config), 1)
+    critic = (cond, *config.value_hidden_dims, 1)
+    onestep = (cond, *config.actor_hidden_dims, action_dim)
+    walk = forward_flops(field, config.critic_flow_steps * walkers)
+    return {
+        "target": walk,
+        "current value": walk,
+        "next actions": forward_flops(onestep, 0 if config.critic_target == "data" else rows * config.noise_samples),
+        "critic": training_flops(field, walkers),
+        "distilled critic": training_flops(critic, config.num_ensembles * rows),
+        "value of the policy": input_gradient_flops(critic, config.num_ensembles * rows),
+        "actor": actor_flops(config, obs_dim, action_dim),
+    }
 
 
 def _time_embedding(config: FloqConfig) -> TimeEmbedding:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -25,9 +26,21 @@ from torch import Tensor, nn
 from fastflow import ops
 from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, copy_state, ready_moments
 from fastflow.fields import DenseStack
+from fastflow.flops import forward_flops, training_flops
 from fastflow.modules import FlowPolicy, OneStepPolicy
 
-__all__ = ["FqlActorAgent", "FqlActorConfig", "FqlActorNetworks", "FqlActorNoise", "reward_range"]
+__all__ = [
+    "DEMO",
+    "DEMO_LOOP",
+    "DEMO_NAME",
+    "FqlActorAgent",
+    "FqlActorConfig",
+    "FqlActorNetworks",
+    "FqlActorNoise",
+    "actor_flops",
+    "preset_name",
+    "reward_range",
+]
 
 
 # Configuration ------------------------------------------------------------------------------------------------------
@@ -102,6 +115,36 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "backend": (None, *ops.BACKENDS),
     "precision": (None, *ops.PRECISIONS),
 }
+
+
+# The demo's point maze, small enough for one CPU core: floq's setting without its critic, for every agent that floq is
+# compared with. It expects observations scaled to a standard deviation of 4.
+DEMO_NAME = "pointmaze-arena-demo"
+DEMO: dict[str, Any] = {
+    "lr": 1e-3,
+    "alpha": 0.3,
+    "tau": 0.02,
+    "value_hidden_dims": (64, 64, 64),
+    "actor_hidden_dims": (64, 64, 64),
+    "lr_decay_steps": 15_000,
+}
+DEMO_LOOP: dict[str, Any] = {
+    "steps": 15_000,
+    "observation_scale": 4.0,
+    "log_interval": 500,
+    "eval_interval": 3_000,
+    "save_interval": 3_000,
+    "threads": 1,
+}
+
+
+def preset_name(env_name: str, published: Collection[str]) -> str | None:
+    """Name of the preset for an environment or dataset such as "cube-single-play-singletask-v0": one of `published`,
+    the demo's, or None if none fits."""
+    name = re.sub(r"(-singletask(-task\d+)?)?-v\d+$", "", env_name)
+    if name == "pointmaze-arena-navigate":
+        return DEMO_NAME
+    return name if name in published else None
 
 
 def reward_range(rewards: Tensor) -> tuple[float, float]:
@@ -287,13 +330,21 @@ class FqlActorAgent(abc.ABC):
     def sample_noise(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Any:
         """Fresh noise for one update on `batch`, from `generator` or the agent's own."""
 
+    def _noise_options(self, generator: torch.Generator | None) -> dict[str, Any]:
+        """How noise is drawn: from `generator` or the agent's own, with the agent's device and dtype."""
+        return {
+            "generator": self.generator if generator is None else generator,
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+
     @abc.abstractmethod
     def _critic_loss(
         self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The critics' loss, 0-d, and metrics; obs and next_obs are normalised."""
 
-    def _value(self, obs: Tensor, action: Tensor) -> Tensor:
+    def _value(self, obs: Tensor, action: Tensor, noise: Any) -> Tensor:
         """What the actor climbs, [B, 1]: gradients reach the action and no parameter."""
         return self.networks.critic(obs, action, frozen=True).mean(0)
 
@@ -359,7 +410,7 @@ class FqlActorAgent(abc.ABC):
             flow_action = flow(obs, noise.action)
         action = onestep(obs, noise.action, raw=True)
         distill_loss = (action - flow_action).square().mean()
-        q = self._value(obs, action.clamp(-1, 1))
+        q = self._value(obs, action.clamp(-1, 1), noise)
         q_mean = q.mean()
         q_loss = -q_mean
         if self.config.normalize_q_loss:
@@ -453,6 +504,15 @@ class FqlActorAgent(abc.ABC):
 
     def _check(self, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
         check_tensor(self._name, name, tensor, shape, self.dtype, self.device)
+
+
+def actor_flops(config: FqlActorConfig, obs_dim: int, action_dim: int) -> int:
+    """Floating-point operations of the actors' losses, without the critic's values, see `fastflow.flops`."""
+    rows, hidden = config.batch_size, config.actor_hidden_dims
+    flow = (obs_dim + action_dim + 1, *hidden, action_dim)
+    onestep = (obs_dim + action_dim, *hidden, action_dim)
+    walk = forward_flops(flow, config.flow_steps * rows)
+    return training_flops(flow, rows) + walk + training_flops(onestep, rows)
 
 
 def _can_fuse(device: torch.device) -> bool:
