@@ -250,7 +250,7 @@ def _evaluate(argv: list[str]) -> int:
         Results are written to RUN/evaluations, and to RUN/eval.csv where that step has no row yet.
 
         Args:
-            runs: Run folders, all of one agent.
+            runs: Run folders; of policies also of several agents, which are summed up one by one.
             episodes: Episodes per checkpoint (policies).
             seed: Decides start states and all noise.
             envs: Environments that step together (policies).

@@ -303,6 +303,7 @@ def _record(run: Run, step: int, finished: Episodes, seed: int, seconds: float) 
         run.eval.insert(step, row | {"evaluation/episodes": len(finished.success)})
     record = {
         "run": str(run.path),
+        "agent": run.config["agent_name"],
         "env": run.config["env"],
         "step": step,
         "seed": seed,
@@ -326,7 +327,7 @@ def check_video(path: Path, runs: int, all_checkpoints: bool) -> None:
 
 
 def summary(records: Sequence[dict[str, Any]], score: str) -> str:
-    """What several runs come to: a line per task, and one for all where there are several.
+    """What several runs come to: a line per agent and task, and one for all tasks of an agent that has several.
 
     Args:
         records: of `evaluate_runs`.
@@ -335,12 +336,15 @@ def summary(records: Sequence[dict[str, Any]], score: str) -> str:
     Returns:
         A table: number of runs, mean, interquartile mean (IQM) and its 95 % bootstrap interval.
     """
-    groups: dict[str, list[float]] = {}
+    agents: dict[str, dict[str, list[float]]] = {}
     for record in records:
-        groups.setdefault(record["env"], []).append(record[score])
-    rows = [(task, [scores]) for task, scores in groups.items()]
-    if len(groups) > 1:
-        rows.append((f"all {len(groups)} tasks", list(groups.values())))
+        agents.setdefault(record["agent"], {}).setdefault(record["env"], []).append(record[score])
+    rows: list[tuple[str, list[list[float]]]] = []
+    for agent, tasks in agents.items():
+        who = f"{agent}, " if len(agents) > 1 else ""
+        rows += [(who + task, [scores]) for task, scores in tasks.items()]
+        if len(tasks) > 1:
+            rows.append((f"{who}all {len(tasks)} tasks", list(tasks.values())))
     lines = [f"\n{'runs':>8} {'mean':>9} {'IQM':>9} {'95 % interval of the IQM':>26}  {score} over runs"]
     for task, parts in rows:
         scores = np.concatenate(parts)

@@ -357,7 +357,8 @@ def evaluate_runs(
                     f"{metrics['episode.return']:10.1f} {metrics['episode.return.random']:10.1f} "
                     f"{metrics['episode.length']:8.1f} {saved.step:11d}  {run.path}"
                 )
-                record = {"run": str(run.path), "env": run.config["env"], "step": saved.step, "seed": seed, **metrics}
+                record = {"run": str(run.path), "agent": run.config["agent_name"], "env": run.config["env"]}
+                record |= {"step": saved.step, "seed": seed, **metrics}
                 each = {
                     kind: {"returns": e.returns.tolist(), "lengths": e.lengths.tolist()} for kind, e in found.items()
                 }

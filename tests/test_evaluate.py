@@ -131,7 +131,8 @@ def test_bootstrap_resamples_within_tasks():
 
 
 def test_summary_of_runs():
-    records = [{"env": env, "success": x} for env, x in (("a", 0.5), ("b", 1.0), ("a", 0.5), ("b", 1.0))]
+    tasks = (("a", 0.5), ("b", 1.0), ("a", 0.5), ("b", 1.0))
+    records = [{"agent": "floq", "env": env, "success": x} for env, x in tasks]
     lines = [line.split() for line in summary(records, "success").splitlines()[2:]]
     assert lines == [
         ["2", "0.500", "0.500", "0.500", "to", "0.500", "a"],
@@ -139,3 +140,12 @@ def test_summary_of_runs():
         ["4", "0.750", "0.750", "0.750", "to", "0.750", "all", "2", "tasks"],
     ]
     assert len(summary(records[::2], "success").splitlines()) == 3
+
+
+def test_summary_keeps_agents_apart():
+    records = [{"agent": agent, "env": "a", "success": x} for agent, x in (("floq", 1.0), ("fql", 0.0), ("floq", 1.0))]
+    lines = [line.split() for line in summary(records, "success").splitlines()[2:]]
+    assert lines == [
+        ["2", "1.000", "1.000", "1.000", "to", "1.000", "floq,", "a"],
+        ["1", "0.000", "0.000", "0.000", "to", "0.000", "fql,", "a"],
+    ]
