@@ -51,7 +51,7 @@ class OnlineSettings(LoopSettings[OnPolicy]):
     save_interval: int = 0
     """Environment steps between checkpoints, besides the one at the end; 0 is only at the end."""
     threads: int = 1
-    """Threads on the CPU, of torch and of environments that step in this process; 0 leaves torch's choice."""
+    """Threads of torch on the CPU; 0 leaves torch's choice."""
     num_envs: int = 16
     """Environments that step together."""
     asynchronous: bool = False
@@ -120,12 +120,7 @@ class OnlineTask(Task):
     ) -> None:
         self.settings, self.device, self.out = settings, device, out
         self.stride = settings.stride
-        self.envs: OnlineEnvs = make_envs(
-            settings.env,
-            settings.num_envs,
-            asynchronous=settings.asynchronous,
-            threads=settings.threads or torch.get_num_threads(),
-        )
+        self.envs: OnlineEnvs = make_envs(settings.env, settings.num_envs, asynchronous=settings.asynchronous)
         envs = self.envs
         self.arguments = {
             "obs_dim": envs.obs_dim,

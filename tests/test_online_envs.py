@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -390,31 +389,6 @@ def test_no_snapshot_where_state_is_unknown():
             assert envs.snapshot() is None
             with pytest.raises(ValueError, match="cannot be restored"):
                 envs.restore({})
-
-
-# --- threads ----------------------------------------------------------------------------------------------------------
-
-
-def test_threads_do_the_same():
-    before = threading.active_count()
-    with make_envs("Hopper-v5", 5, threads=2) as envs, make_envs("Hopper-v5", 5) as others:
-        np.testing.assert_array_equal(envs.reset(4), others.reset(4))
-        for actions in actions_for(envs, 60):
-            assert_same(envs.step(actions), others.step(actions))
-        assert threading.active_count() == before + 1
-        np.testing.assert_array_equal(others.restore(envs.snapshot()), envs.restore(envs.snapshot()))
-    assert threading.active_count() == before
-
-
-def test_one_of_several_threads_fails():
-    name = register(fault="raise")
-    with make_envs(name, 3, threads=8) as envs:
-        envs.reset(0)
-        with pytest.raises(EnvironmentFailed, match="environment 0 failed"):
-            for _ in range(20):
-                envs.step(np.zeros((3, envs.action_dim), dtype=np.float32))
-    with pytest.raises(ValueError, match="threads: expected at least 1, got 0"):
-        make_envs("Hopper-v5", 1, threads=0)
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

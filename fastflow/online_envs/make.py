@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["make_envs", "make_single"]
 
 
-def make_envs(name: str, num_envs: int, *, asynchronous: bool = False, threads: int = 1) -> OnlineEnvs:
+def make_envs(name: str, num_envs: int, *, asynchronous: bool = False) -> OnlineEnvs:
     """Makes N environments that step together.
 
     Args:
@@ -26,19 +26,15 @@ def make_envs(name: str, num_envs: int, *, asynchronous: bool = False, threads: 
         num_envs: N.
         asynchronous: each environment in a process of its own, with one thread; pays where a step takes longer than
             about 0.1 ms. Grid worlds and bandits are arrays in this process either way.
-        threads: otherwise, threads of this process that step environments side by side. Two take two thirds of one's
-            time where MuJoCo computes; environments of pure Python gain nothing.
 
     Raises:
-        ValueError: num_envs or threads < 1.
+        ValueError: num_envs < 1.
         UserError: unknown name, or not an environment with vectors of numbers as observations and bounded ones as
             actions, or it cannot be made.
         MissingExtra: what it needs is not installed, or in a version that does not serve.
     """
     if num_envs < 1:
         raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
-    if threads < 1:
-        raise ValueError(f"threads: expected at least 1, got {threads}")
     check_name(name)
     _import_gymnasium()
     if name in GRIDWORLDS:
@@ -51,9 +47,7 @@ def make_envs(name: str, num_envs: int, *, asynchronous: bool = False, threads: 
         return Bandits(num_envs, name)
     from fastflow.online_envs.simulated import InProcesses, InTurn
 
-    if asynchronous:
-        return InProcesses(name, num_envs, _recipe(name))
-    return InTurn(name, num_envs, _recipe(name), threads)
+    return (InProcesses if asynchronous else InTurn)(name, num_envs, _recipe(name))
 
 
 def make_single(name: str, **kwargs: Any) -> gymnasium.Env:

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gymnasium
@@ -75,24 +74,19 @@ class _Simulated(OnlineEnvs):
 
 
 class InTurn(_Simulated):
-    """N environments in this process, one after the other in each of its threads. What they do does not depend on
-    how many there are: an environment stays with its thread for a step, and shares nothing with the others.
+    """N environments in this process, one after the other.
 
     Args:
         name: of the environment.
         num_envs: N.
         recipe: makes one.
-        threads: how many, this one included; MuJoCo lets the others run while it computes.
 
     Raises:
         UserError: see `Guard`, or what `recipe` raises.
     """
 
-    def __init__(self, name: str, num_envs: int, recipe: Callable[..., gymnasium.Env], threads: int = 1) -> None:
+    def __init__(self, name: str, num_envs: int, recipe: Callable[..., gymnasium.Env]) -> None:
         self._guards: list[Guard] = []
-        share = -(-num_envs // threads)
-        self._shares = [slice(i, i + share) for i in range(0, num_envs, share)]
-        self._pool = ThreadPoolExecutor(len(self._shares) - 1) if len(self._shares) > 1 else None
         try:
             for _ in range(num_envs):
                 self._guards.append(Guard(recipe(), name))
@@ -105,8 +99,6 @@ class InTurn(_Simulated):
     def close(self) -> None:
         guards, self._guards = self._guards, []
         self._started = False
-        if self._pool is not None:
-            self._pool.shutdown()
         for guard in guards:
             # One that failed may fail again, and the others are still to be closed.
             with contextlib.suppress(Exception):
@@ -117,14 +109,7 @@ class InTurn(_Simulated):
         return np.stack([guard.reset(seed=seed)[0] for guard, seed in zip(self._guards, seeds, strict=True)])
 
     def _step_rows(self, actions: np.ndarray) -> np.ndarray:
-        if self._pool is None:
-            return np.stack(self._step_share(actions, self._shares[0]))
-        others = [self._pool.submit(self._step_share, actions, share) for share in self._shares[1:]]
-        rows = self._step_share(actions, self._shares[0])
-        return np.stack([*rows, *(row for other in others for row in other.result())])
-
-    def _step_share(self, actions: np.ndarray, share: slice) -> list[np.ndarray]:
-        return [guard.step(action)[0] for guard, action in zip(self._guards[share], actions[share], strict=True)]
+        return np.stack([guard.step(action)[0] for guard, action in zip(self._guards, actions, strict=True)])
 
     def _failure(self, index: int) -> Failure:
         failure = self._guards[index].failure
