@@ -621,7 +621,9 @@ def test_agents_by_name():
         "floq", FloqConfig(**SMALL), obs_dim=O, action_dim=A, reward_range=(-1.0, 0.0), device="cpu", seed=0
     )
     assert isinstance(agent, FloqAgent)
-    with pytest.raises(ValueError, match=r"expected one of \['dppo', 'fb', 'floq', .*'td2-cfm', 'value-flows'\], got 'flow'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of \['dppo', 'fb', 'floq', .*'td2-cfm', 'value-flows'\], got 'flow'"
+    ):
         agents.config_class("flow")
 
 
