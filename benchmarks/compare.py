@@ -164,8 +164,7 @@ class Outcome:
         """New / old, or None where one of them did not run."""
         if self.errors or not self.old:
             return None
-        launches = zip(self.old, self.new, strict=True)
-        return launches_interval([[b / a for a, b in zip(old, new, strict=True)] for old, new in launches])
+        return launches_interval([_quotients(*launch) for launch in zip(self.old, self.new, strict=True)])
 
     def slower(self, threshold: float) -> bool:
         """Whether the new code takes more than `threshold` times as long, beyond chance."""
@@ -191,6 +190,17 @@ class Outcome:
         if found is not None and math.isinf(found["high"]):
             found = {"middle": found["middle"]}
         return {"title": self.title, "ratio": found, "old": self.old, "new": self.new, "errors": self.errors}
+
+
+def _quotients(old: Sequence[float], new: Sequence[float]) -> list[float]:
+    """New / old of a launch, one for two rounds.
+
+    Who goes first changes from round to round, so each has its turn directly behind its own last one once in two
+    rounds, and finds its caches warm: a tenth to a third faster. The first round has no such turn and is left out.
+    """
+    if len(old) < 3:
+        return [sum(new) / sum(old)]
+    return [(new[i] + new[i + 1]) / (old[i] + old[i + 1]) for i in range(1, len(old) - 1, 2)]
 
 
 def measure(workers: tuple[Worker, Worker], outcome: Outcome, rounds: int) -> None:

@@ -232,3 +232,16 @@ def test_history_names_what_it_cannot_read(tmp_path, capsys):
     assert history.main([str(path)]) == 2
     assert "line 1: not a run's line" in capsys.readouterr().err
     assert history.main([str(tmp_path / "missing")]) == 2
+
+
+def test_a_turn_behind_one_s_own_does_not_count():
+    """Old and new take a second each, and the second of two turns in a row two thirds of it."""
+    outcome = compare.Outcome("case", "a case")
+    for _ in range(3):
+        order = [side for i in range(7) for side in ((0, 1) if i % 2 == 0 else (1, 0))]
+        times = ([], [])
+        for last, side in zip([None, *order], order, strict=False):
+            times[side].append(2 / 3 if last == side else 1.0)
+        outcome.old.append(times[0])
+        outcome.new.append(times[1])
+    assert outcome.ratio.middle == pytest.approx(1.0) and outcome.verdict(1.1) == "no difference"
