@@ -7,7 +7,7 @@ Keys of the file (FORMAT 1):
     repository    commit, dirty, sources
     table         a list of rows: title, measurement, entrant, precision, threads, processors, disturbed (whether other
                   programs needed its processors), runs (what fastflow ran), fastflow_us {median, p20, p80}, errors,
-                  and vs {rival: goal, against, median_us, ratio, p20, p80, met}
+                  and vs {rival: goal, against, median_us, ratio, p20, p80, low and high (95 %), met}
     measurements  by name: title, threads, processors, others (how many processors other programs took while the clock
                   ran), seconds, skipped, and entrants with name, rival, variant, precision, accurate, errors and
                   eager_errors against float64, note, prepare_seconds, median_us, p20_us, p80_us, spread, rounds,
@@ -82,7 +82,8 @@ def _row(row: Row, measured: Mapping[str, Any]) -> dict[str, Any]:
         times = best["times"].get(name) if best else None
         found: dict[str, Any] = {"goal": goal, "against": best and best["name"]}
         found["median_us"] = best and best["median_us"]
-        found |= {"ratio": times and times["median"], "p20": times and times["p20"], "p80": times and times["p80"]}
+        found["ratio"] = times and times["median"]
+        found |= {key: times and times.get(key) for key in ("p20", "p80", "low", "high")}
         out["vs"][rival] = found | {"met": bool(times and times["median"] >= goal)}
     return out
 
@@ -134,6 +135,8 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _cell(found: Mapping[str, Any], disturbed: bool) -> str:
     if found["ratio"] is None:
         return f"{found['goal']:g}x: not timed"
+    if found.get("low") is not None and found["low"] <= 1.0 <= found["high"]:
+        return f"{found['goal']:g}x: no difference"
     mark = "" if not found["met"] else " (disturbed)" if disturbed else " ✓"
     return f"{found['goal']:g}x: {found['ratio']:.2f}x{mark}"
 

@@ -727,7 +727,10 @@ def table(run: Run, names: Iterable[str] | None = None) -> str:
 
 def _times(row: dict[str, Any] | None, mode: str) -> str:
     ratio = (row or {}).get("vs_fused", {}).get(mode)
-    return f"{ratio['median']:8.2f}" if ratio else " " * 8
+    if not ratio:
+        return " " * 8
+    # The interval of the median holds 1: no difference was seen.
+    return " no diff" if ratio["low"] <= 1.0 <= ratio["high"] else f"{ratio['median']:8.2f}"
 
 
 # The command --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.intervals import median_interval
+
 
 @dataclass
 class Entry:
@@ -151,9 +153,12 @@ def summarize(seconds: Sequence[float], calls: int) -> Timing:
 
 
 def ratios(numerator: Timing, denominator: Timing) -> dict[str, float]:
-    """How many times as long: median, 20th and 80th percentile of the rounds' quotients, which drift does not touch."""
+    """How many times as long: median, 20th and 80th percentile of the rounds' quotients, which drift does not touch,
+    and the ends of the median's 95 % bootstrap interval, "low" and "high"."""
     ordered = sorted(a / b for a, b in zip(numerator.seconds, denominator.seconds))
-    return {"median": statistics.median(ordered), "p20": _percentile(ordered, 0.2), "p80": _percentile(ordered, 0.8)}
+    interval = median_interval(ordered)
+    found = {"median": statistics.median(ordered), "p20": _percentile(ordered, 0.2), "p80": _percentile(ordered, 0.8)}
+    return found | {"low": interval.low, "high": interval.high}
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float:
