@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -26,8 +25,8 @@ import torch
 
 from benchmarks import machine
 from benchmarks.intervals import median_interval
-from fastflow.atomic import atomic_write
 from fastflow.collect import collect
+from fastflow.record import write_json
 from fastflow.train import default_settings, train
 
 # By agent: its task, what a second is counted in, how many of them a turn has, and settings that keep it to training.
@@ -136,10 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds: expected at least 1, got {given.rounds}")
     found = measure(given.only, given.rounds)
     if given.json is not None:
-        facts = machine.facts(torch.device("cpu"))
-        facts["software"].pop("executable")
-        with atomic_write(given.json) as temporary:
-            temporary.write_text(json.dumps({"format": 1, **facts, "agents": found}, indent=1) + "\n", encoding="utf-8")
+        write_json(given.json, {"format": 1, **machine.public_facts(torch.device("cpu")), "agents": found})
     return 0
 
 

@@ -33,6 +33,7 @@ from benchmarks.measure import Timer
 from benchmarks.scaling_figure import place
 from fastflow import modules, ops
 from fastflow.atomic import atomic_write
+from fastflow.record import write_json
 
 UPDATES = published.UPDATES | cases.UPDATES
 PARTS = (
@@ -155,10 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = given.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = given.precision or ("bf16" if device.type == "cuda" else "fp32")
     case = UPDATES[given.update]
-    facts = machine.facts(device)
-    facts["software"].pop("executable")
     results = {"format": 1, "kind": "breakdown", "update": case.name, "title": case.title, "precision": precision}
-    results |= {"threads": torch.get_num_threads(), **facts, "bars": []}
+    results |= {"threads": torch.get_num_threads(), **machine.public_facts(device), "bars": []}
     for i, steps in enumerate(given.steps):
         sized = dataclasses.replace(case, options={**case.options, "critic_flow_steps": steps})
         for j, (backend, name) in enumerate(BACKENDS.items()):
@@ -168,8 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"K = {steps:2} {name:9} {bar['update_ms']:9.2f} ms:", end="")
             print("".join(f"  {part} {ms:.2f}" for part, ms in bar["parts_ms"].items()), flush=True)
     if given.json is not None:
-        with atomic_write(given.json) as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(given.json, results)
         print(draw(results, given.json.with_suffix(".png")))
     return 0
 

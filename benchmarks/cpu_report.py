@@ -41,9 +41,7 @@ HEADINGS = {"jax": "JAX jit fp32", "compile": "torch.compile fp32", "eager": "ea
 
 def new(profile: str) -> dict[str, Any]:
     """A report of a run that begins now."""
-    facts = machine.facts(torch.device("cpu"))
-    # Paths say nothing of a measurement, and the file is for others to read.
-    facts["software"].pop("executable")
+    facts = machine.public_facts(torch.device("cpu"))
     facts["hardware"] |= {"flags": machine.cpu_flags(), "native": native_code.features()}
     facts["software"] |= {"compiler": machine.compiler(), "torchdiffeq": machine.version("torchdiffeq")}
     now = datetime.datetime.now(datetime.timezone.utc)

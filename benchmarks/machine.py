@@ -36,6 +36,13 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
+def public_facts(device: torch.device) -> dict[str, Any]:
+    """The facts for a file that others read: paths say nothing of a measurement."""
+    found = facts(device)
+    found["software"].pop("executable")
+    return found
+
+
 def hardware(device: torch.device) -> dict[str, Any]:
     """The GPU and the CPU beside it, or the CPU alone."""
     out: dict[str, Any] = {"device": device.type, "cpu": _cpu_name(), "cpu_cores": os.cpu_count()}

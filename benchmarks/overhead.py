@@ -87,8 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.json is not None:
         from fastflow.atomic import atomic_write
 
-        facts = machine.facts(CPU)
-        facts["software"].pop("executable")
+        facts = machine.public_facts(CPU)
         with atomic_write(given.json) as temporary:
             temporary.write_text(json.dumps({**facts, "modules": report}, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -11,25 +11,15 @@ from collections.abc import Iterator
 
 import fastflow as ff
 from benchmarks.cases import PARAMETERS, Case, UpdateCase
+from fastflow import flops
 from fastflow.agents import floq, fpo, td2_cfm
 from fastflow.agents.floq import FloqConfig
 from fastflow.agents.fpo import FpoConfig
 from fastflow.agents.td2_cfm import Td2CfmConfig
 from fastflow.modules import value_ranges
 
-SIZES = {
-    "antmaze-large-navigate": (29, 8),
-    "antmaze-giant-navigate": (29, 8),
-    "humanoidmaze-medium-navigate": (69, 21),
-    "humanoidmaze-large-navigate": (69, 21),
-    "antsoccer-arena-navigate": (42, 8),
-    "cube-single-play": (28, 5),
-    "cube-double-play": (37, 5),
-    "scene-play": (40, 5),
-    "puzzle-3x3-play": (55, 5),
-    "puzzle-4x4-play": (83, 5),
-}
-"""Observations and actions of OGBench's environments."""
+# Observations and actions of OGBench's environments.
+SIZES = {name: sizes for name, sizes in flops.SIZES.items() if not name.endswith("-demo")}
 
 # By preset of FPO: observations, actions, environments. Playground is CheetahRun; locomotion a quadruped (Go2) and a
 # humanoid (G1), tracking a humanoid.

@@ -43,6 +43,7 @@ from benchmarks.rivals import (
     graphed,
     quiet_compiler,
 )
+from fastflow.record import write_json
 
 FORMAT = 1
 OURS = "fastflow"
@@ -157,13 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(scaling_figure.draw(json.loads(given.draw.read_text(encoding="utf-8")), given.draw.with_suffix(".png")))
         return 0
     case, names = given.case, [name for name in given.rivals if name != "fused"]
-    facts = machine.facts(given.device)
-    facts["software"].pop("executable")
     with global_precision(given.precision):
         least = rates(given.device, given.precision)
         results = {"format": FORMAT, "kind": "scaling", "case": case.name, "title": case.title, "axis": given.over}
         results |= {"precision": given.precision, "threads": torch.get_num_threads(), "rates": least._asdict()}
-        results |= {**facts, "points": []}
+        results |= {**machine.public_facts(given.device), "points": []}
         print(f"{case.name}: {case.title}, {given.precision} products, {results['threads']} threads")
         for n in given.values:
             torch.compiler.reset()
@@ -172,18 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results["points"].append(point)
             print(report(point, given.over), flush=True)
             if given.json is not None:
-                write(results, given.json)
+                write_json(given.json, results)
     if given.json is not None:
         print(scaling_figure.draw(results, given.json.with_suffix(".png")))
     return 0 if any(point["entrants"] for point in results["points"]) else 1
-
-
-def write(results: Mapping[str, Any], path: Path) -> None:
-    """Write the file whole."""
-    from fastflow.atomic import atomic_write
-
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

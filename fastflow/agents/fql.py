@@ -165,23 +165,8 @@ class FqlAgent(FqlActorAgent):
 
     def _make_networks(self, generator: torch.Generator) -> FqlActorNetworks:
         config = self.config
-
-        def critic() -> ValueNetwork:
-            return ValueNetwork(
-                self.obs_dim,
-                self.action_dim,
-                hidden=config.critic_hidden,
-                architecture=ResidualMLP(config.block_depth) if config.use_resnets else MLP(),
-                ensemble=config.num_ensembles,
-                norm="layer" if config.layer_norm else None,
-                backend=config.backend,
-                precision=config.precision,
-                device="meta",
-                dtype=torch.float32,
-            )
-
-        critics = {"critic": critic(), "target_critic": critic()}
-        return FqlActorNetworks(config, self.obs_dim, self.action_dim, critics, generator)
+        architecture = ResidualMLP(config.block_depth) if config.use_resnets else MLP()
+        return plain_critics(self, generator, self.action_dim, config.critic_hidden, architecture)
 
     def sample_noise(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> FqlNoise:
         """Fresh noise for one update on `batch`, from `generator` or the agent's own."""
@@ -212,14 +197,56 @@ class FqlAgent(FqlActorAgent):
         }
 
 
+def plain_critics(
+    agent: FqlActorAgent,
+    generator: torch.Generator,
+    beside: int,
+    hidden: tuple[int, ...],
+    architecture: MLP | ResidualMLP = MLP(),  # noqa: B008 (frozen)
+) -> FqlActorNetworks:
+    """The networks of an agent whose `critic`, and its `target_critic`, are one pass of an ensemble of plain networks.
+
+    Args:
+        agent: whose sizes and configuration they have.
+        generator: of the weights.
+        beside: numbers beside the observation, the action's included.
+        hidden, architecture: of the critic.
+    """
+    config = agent.config
+
+    def critic() -> ValueNetwork:
+        return ValueNetwork(
+            agent.obs_dim,
+            beside,
+            hidden=hidden,
+            architecture=architecture,
+            ensemble=config.num_ensembles,
+            norm="layer" if config.layer_norm else None,
+            backend=config.backend,
+            precision=config.precision,
+            device="meta",
+            dtype=torch.float32,
+        )
+
+    critics = {"critic": critic(), "target_critic": critic()}
+    return FqlActorNetworks(config, agent.obs_dim, agent.action_dim, critics, generator)
+
+
 def flops(config: FqlConfig, obs_dim: int, action_dim: int) -> dict[str, int]:
     """Floating-point operations of one update by part, see `fastflow.flops`."""
-    rows, cond = config.batch_size, obs_dim + action_dim
-    critic = (cond, *config.critic_hidden, 1)
+    critic = (obs_dim + action_dim, *config.critic_hidden, 1)
+    return plain_flops(config, obs_dim, action_dim, critic, config.num_ensembles * config.batch_size)
+
+
+def plain_flops(
+    config: FqlActorConfig, obs_dim: int, action_dim: int, critic: tuple[int, ...], rows: int
+) -> dict[str, int]:
+    """Those of an agent with `plain_critics`, whose critic of these widths sees so many rows, over all members."""
+    onestep = (obs_dim + action_dim, *config.actor_hidden_dims, action_dim)
     return {
-        "target": forward_flops(critic, config.num_ensembles * rows),
-        "next actions": forward_flops((cond, *config.actor_hidden_dims, action_dim), rows),
-        "critic": training_flops(critic, config.num_ensembles * rows),
-        "value of the policy": input_gradient_flops(critic, config.num_ensembles * rows),
+        "target": forward_flops(critic, rows),
+        "next actions": forward_flops(onestep, config.batch_size),
+        "critic": training_flops(critic, rows),
+        "value of the policy": input_gradient_flops(critic, rows),
         "actor": actor_flops(config, obs_dim, action_dim),
     }

@@ -36,10 +36,8 @@ from fastflow.agents.fql_actor import (
     FqlActorConfig,
     FqlActorNetworks,
     FqlActorNoise,
-    actor_flops,
     preset_name,
 )
-from fastflow.flops import forward_flops, input_gradient_flops, training_flops
 from fastflow.modules import ValueNetwork
 
 __all__ = [
@@ -153,24 +151,9 @@ class FqlIqnAgent(FqlActorAgent):
     config_class = FqlIqnConfig
 
     def _make_networks(self, generator: torch.Generator) -> FqlActorNetworks:
-        config = self.config
-
-        def critic() -> ValueNetwork:
-            return ValueNetwork(
-                self.obs_dim,
-                # What stands beside the observation: the action and the features of a level.
-                self.action_dim + config.quantile_embed_dim,
-                hidden=config.value_hidden_dims,
-                ensemble=config.num_ensembles,
-                norm="layer" if config.layer_norm else None,
-                backend=config.backend,
-                precision=config.precision,
-                device="meta",
-                dtype=torch.float32,
-            )
-
-        critics = {"critic": critic(), "target_critic": critic()}
-        return FqlActorNetworks(config, self.obs_dim, self.action_dim, critics, generator)
+        # What stands beside the observation: the action and the features of a level.
+        beside = self.action_dim + self.config.quantile_embed_dim
+        return fql.plain_critics(self, generator, beside, self.config.value_hidden_dims)
 
     def sample_noise(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> FqlIqnNoise:
         """Fresh noise for one update on `batch`, from `generator` or the agent's own."""
@@ -226,13 +209,6 @@ class FqlIqnAgent(FqlActorAgent):
 
 def flops(config: FqlIqnConfig, obs_dim: int, action_dim: int) -> dict[str, int]:
     """Floating-point operations of one update by part, see `fastflow.flops`."""
-    rows, cond = config.batch_size, obs_dim + action_dim
-    critic = (cond + config.quantile_embed_dim, *config.value_hidden_dims, 1)
-    levels = config.num_ensembles * rows * config.num_quantiles
-    return {
-        "target": forward_flops(critic, levels),
-        "next actions": forward_flops((cond, *config.actor_hidden_dims, action_dim), rows),
-        "critic": training_flops(critic, levels),
-        "value of the policy": input_gradient_flops(critic, levels),
-        "actor": actor_flops(config, obs_dim, action_dim),
-    }
+    critic = (obs_dim + action_dim + config.quantile_embed_dim, *config.value_hidden_dims, 1)
+    levels = config.num_ensembles * config.batch_size * config.num_quantiles
+    return fql.plain_flops(config, obs_dim, action_dim, critic, levels)
