@@ -6,12 +6,14 @@ that edits in the meantime do not matter. Two processes, one for each, take turn
 what the machine does in the meantime hits both. Because processes differ by more than their turns tell, several pairs
 are started, and the interval is Student's over these pairs (`benchmarks.intervals`).
 
-Prints, for each case, microseconds of old and new and their ratio, new / old, with its 95 % interval; an interval that
-holds 1.0 is "no difference". Exit code 0: nothing is slower. 1: a case is slower by more than --threshold, with an
-interval that does not hold 1.0, or a case fails in this tree. 2: the arguments cannot be used.
+Prints, for each case, microseconds of old and new and their ratio, new / old, with its 95 % interval. Where the
+interval comes within --resolution of 1.0 it says "no difference": code that is the same but lies elsewhere in memory
+differs by a percent or two. Exit code 0: nothing is slower. 1: a case is slower by more than --threshold and differs,
+or a case fails in this tree. 2: the arguments cannot be used.
 
     --only NAME       only cases whose name the regular expression matches
     --threshold 1.1   how many times as long a case may take
+    --resolution 1.02 how many times as long is no difference yet
     --launches 5      pairs of processes
     --rounds 15       turns of each process per case
     --threads 1       of each process
@@ -44,6 +46,8 @@ from benchmarks.tracked import TRACKED, Tracked
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_SECONDS = 0.02
+# The same commit against itself, both copied anew: its cases' ratios lie within this.
+RESOLUTION = 1.02
 
 
 class Failed(Exception):
@@ -151,10 +155,11 @@ class Outcome:
 
     Attributes:
         old, new: seconds per call, by launch and round. errors: why there are none, of "old" or "new".
+        resolution: how many times as long is no difference yet.
     """
 
-    def __init__(self, name: str, title: str) -> None:
-        self.name, self.title = name, title
+    def __init__(self, name: str, title: str, resolution: float = RESOLUTION) -> None:
+        self.name, self.title, self.resolution = name, title, resolution
         self.old: list[list[float]] = []
         self.new: list[list[float]] = []
         self.errors: dict[str, str] = {}
@@ -166,10 +171,16 @@ class Outcome:
             return None
         return launches_interval([_quotients(*launch) for launch in zip(self.old, self.new, strict=True)])
 
+    @property
+    def same(self) -> bool:
+        """Whether old and new were measured and no difference was seen."""
+        ratio = self.ratio
+        return ratio is not None and ratio.low <= self.resolution and ratio.high >= 1 / self.resolution
+
     def slower(self, threshold: float) -> bool:
         """Whether the new code takes more than `threshold` times as long, beyond chance."""
         ratio = self.ratio
-        return ratio is not None and ratio.middle > threshold and ratio.low > 1.0
+        return ratio is not None and ratio.middle > threshold and not self.same
 
     def verdict(self, threshold: float) -> str:
         """In words."""
@@ -178,7 +189,7 @@ class Outcome:
             return f"fails: {self.errors['new']}"
         if ratio is None:
             return f"only new: {self.errors.get('old', 'not measured')}"
-        if ratio.says_nothing:
+        if self.same:
             return "no difference"
         if self.slower(threshold):
             return "SLOWER"
@@ -235,9 +246,10 @@ def compare(
     device: str,
     threads: int,
     out: Callable[[str], None],
+    resolution: float = RESOLUTION,
 ) -> list[Outcome]:
     """Old against new, all cases in every launch."""
-    outcomes = [Outcome(case.name, case.title) for case in cases]
+    outcomes = [Outcome(case.name, case.title, resolution) for case in cases]
     for launch in range(launches):
         # The process that starts first may get the better memory: they take turns at it.
         flipped = launch % 2 == 1
@@ -278,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("base", metavar="BASE", help="git ref of the old code")
     parser.add_argument("--only", default="", help="regular expression for names")
     parser.add_argument("--threshold", type=float, default=1.1, help="how many times as long a case may take")
+    parser.add_argument("--resolution", type=float, default=RESOLUTION, help="how many times as long is no difference")
     parser.add_argument("--launches", type=int, default=5, help="pairs of processes")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each process per case")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
@@ -288,8 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("launches", "rounds", "threads"):
         if getattr(given, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(given, name)}")
-    if given.threshold < 1:
-        parser.error(f"--threshold must be at least 1, got {given.threshold}")
+    for name in ("threshold", "resolution"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(given, name)}")
     try:
         cases = [case for name, case in TRACKED.items() if re.search(given.only, name)]
     except re.error as error:
@@ -317,9 +331,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=device,
             threads=given.threads,
             out=lambda text: print(text, flush=True),
+            resolution=given.resolution,
         )
     print(table(outcomes, given.threshold))
-    same = sum(o.ratio is not None and o.ratio.says_nothing for o in outcomes)
+    same = sum(o.same for o in outcomes)
     bad = [o.name for o in outcomes if o.slower(given.threshold) or "new" in o.errors]
     print(f"no difference in {same} of {len(outcomes)} cases", end="")
     print(f"; slower than {given.threshold:g} times or failing: {', '.join(bad)}" if bad else "")
