@@ -323,6 +323,7 @@ def _experiment(argv: list[str]) -> int:
         arms: tuple[str, ...] = (),
         seeds: tuple[int, ...] = (),
         plot_only: bool = False,
+        reuse: bool = False,
     ) -> dict[str, Any]:
         """Runs an experiment: every arm with every seed, then a table, a figure and all numbers.
 
@@ -336,6 +337,7 @@ def _experiment(argv: list[str]) -> int:
             arms: Only these arms; by default all.
             seeds: These seeds; by default the experiment's own.
             plot_only: Only the report, from what is finished.
+            reuse: Copy finished runs of other experiments that have the same settings and seed.
         """
         return locals()
 

@@ -620,3 +620,50 @@ def test_interrupted_and_resumed(data, tmp_path):
     assert [entry["step"] for entry in finished.config["resumed"]] == [step]
     assert (finished.checkpoint_steps(), finished.eval.steps()) == ([1500], [0, 1500])
     assert f"--resume={finished.path}" in log.read_text()
+
+
+# Runs of other experiments --------------------------------------------------------------------------------------------
+
+
+def test_runs_with_the_same_settings_are_taken_over(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    settings = {**SMALL, "dataset_path": data}
+    sizes = {"small": Size(settings, (0, 1), "seconds")}
+    first = make(sizes=sizes)
+    run(first, output=tmp_path / "first", arms=["k1"], seeds=[0], out=quiet)
+
+    # The same value, once as an arm's and once as everybody's.
+    shared = {"small": Size({**settings, "agent.critic_flow_steps": 1}, (0, 1), "seconds")}
+    arms = (
+        Arm("plain", "plain", after="test_experiments:weight_norm"),
+        Arm("sigma3", "sigma 3", {"agent.sigma": 3.0}),
+    )
+    second = make(name="another", sizes=shared, arms=arms, reference="plain")
+    printed: list[str] = []
+    run(second, output=tmp_path / "second", reuse=True, out=printed.append)
+    ours, theirs = (tmp_path / name / arm / "seed0" for name, arm in (("second", "plain"), ("first", "k1")))
+    assert f"plain seed 0: taken over from {theirs}" in printed
+    assert [line for line in printed if "taken over" in line] == [f"plain seed 0: taken over from {theirs}"]
+    assert any("plain seed 1: done" in line for line in printed)
+    assert any("sigma3 seed 0: done" in line for line in printed)
+    assert not any("plain seed 0: done" in line for line in printed)
+    assert (ours / "train.csv").read_text() == (theirs / "train.csv").read_text()
+    written = (tmp_path / "second" / "summary.md").read_text()
+    assert "- Runs: 4 of 4 finished" in written
+    assert "- Runs of other experiments with the same settings: plain from first/k1\n" in written
+    # What was measured of it came along: it was not measured again.
+    assert (tmp_path / "second" / "plain" / "calls").read_text() == "x"
+
+    again: list[str] = []
+    run(second, output=tmp_path / "second", reuse=True, out=again.append)
+    assert not any("taken over" in line for line in again)
+
+
+def test_a_run_that_has_begun_is_not_replaced(data, tmp_path):
+    settings = {**SMALL, "dataset_path": data}
+    sizes = {"small": Size(settings, (0,), "seconds")}
+    run(make(sizes=sizes), output=tmp_path / "first", arms=["k2"], out=quiet)
+    run(make(sizes=sizes), output=tmp_path / "second", arms=["k2"], out=quiet)
+    printed: list[str] = []
+    run(make(sizes=sizes), output=tmp_path / "second", arms=["k2"], reuse=True, out=printed.append)
+    assert printed[0] == "steps-of-the-walk, small: 1 of 1 runs finished before, 1 at a time"

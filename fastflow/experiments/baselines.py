@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastflow.experiments.declare import Arm, Experiment, Metric, Size
+from fastflow.experiments.floq import SMALL
 
 __all__ = ["ANTMAZE_GIANT", "CUBE_DOUBLE", "POINTMAZE"]
 
@@ -53,9 +54,10 @@ POINTMAZE = _baselines(
     "pointmaze-arena-demo",
     {
         "small": Size(
-            {"env": "pointmaze-arena-navigate-singletask-v0", "dataset_dir": "data", "device": "cpu"},
-            (0, 1, 2, 3, 4),
-            "2 CPU cores, 2 hours",
+            # Those of floq's experiments: its arm is theirs (`fastflow experiment --reuse`).
+            dict(SMALL.settings),
+            SMALL.seeds,
+            "2 CPU cores, an hour",
         )
     },
 )

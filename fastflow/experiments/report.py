@@ -50,6 +50,7 @@ class Result:
         step: updates done.
         seconds: that training and its evaluations took.
         values: eval.csv at the last step, and what `Arm.after` returned.
+        origin: "experiment__size/arm" where another experiment trained the run.
     """
 
     arm: Arm
@@ -57,6 +58,7 @@ class Result:
     step: int
     seconds: float
     values: Mapping[str, float]
+    origin: str | None = None
 
 
 def run_path(folder: Path, arm: Arm, seed: int) -> Path:
@@ -67,6 +69,15 @@ def run_path(folder: Path, arm: Arm, seed: int) -> Path:
 def after_path(path: Path) -> Path:
     """Where the further metrics of the run in `path` lie."""
     return path.with_name(f"{path.name}.after.json")
+
+
+def origin_path(path: Path) -> Path:
+    """Where it says which experiment and arm trained the run in `path`, if another one did."""
+    return path.with_name(f"{path.name}.origin")
+
+
+def _origin(path: Path) -> str | None:
+    return origin_path(path).read_text(encoding="utf-8").strip() if origin_path(path).exists() else None
 
 
 def finished(path: Path) -> Run | None:
@@ -106,7 +117,7 @@ def results(experiment: Experiment, seeds: Sequence[int], folder: Path) -> list[
             values = dict(rows[-1]) if rows else {}
             clock = [row["time/total_time"] for row in [*run.train.rows(), *rows] if "time/total_time" in row]
             values = {name: value for name, value in values.items() if name.startswith("evaluation/")} | further
-            found.append(Result(arm, seed, step, max(clock, default=math.nan), values))
+            found.append(Result(arm, seed, step, max(clock, default=math.nan), values, _origin(run.path)))
     return found
 
 
@@ -287,6 +298,9 @@ def summary(experiment: Experiment, seeds: Sequence[int], found: Sequence[Result
     sessions = facts["sessions"]
     for label, key in (("Commit", "commit"), ("Machine", "machine")):
         lines.append(f"- {label}: {'; '.join(dict.fromkeys(str(session[key] or 'unknown') for session in sessions))}")
+    shared = dict.fromkeys(f"{result.arm.name} from {result.origin}" for result in found if result.origin)
+    if shared:
+        lines.append(f"- Runs of other experiments with the same settings: {', '.join(shared)}")
     taken = sum(result.seconds for result in found if math.isfinite(result.seconds))
     lines.append(f"- Budget: {facts['budget']} ({_duration(taken)} of training in the finished runs together)")
     lines.append(f"- Numbers: {_explanation(experiment, found)}")

@@ -35,6 +35,7 @@ from fastflow import experiments
 from fastflow.errors import UserError
 from fastflow.experiments import report
 from fastflow.experiments.declare import Arm, Experiment
+from fastflow.experiments.reuse import take_over
 from fastflow.info import _cpu_name, versions
 from fastflow.record import Run, differences, to_json, write_json
 
@@ -63,6 +64,7 @@ def run(
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     plot_only: bool = False,
+    reuse: bool = False,
     threads: int = 1,
     command: str | None = None,
     out: Callable[[str], None] = _say,
@@ -80,6 +82,8 @@ def run(
         arms: names of those to run; by default all. The report is about all.
         seeds: to run; by default those of the size.
         plot_only: only reports, from what is finished.
+        reuse: finished runs with the same settings and seed of the experiments beside `output` are copied instead of
+            trained again, whatever code they were trained with; the report names them.
         threads: of each run on the CPU, where an experiment leaves them to torch (threads 0).
         command: what the report says that it was made by; by default fastflow experiment.
         out: called with every line of text.
@@ -108,6 +112,10 @@ def run(
     if not plot_only:
         todo = [_Job(experiment, size, arm, seed, folder) for seed in chosen_seeds for arm in chosen_arms]
         count = len(todo)
+        if reuse:
+            for job in todo:
+                if (taken := job.take_over()) is not None:
+                    out(f"{job.name}: taken over from {taken}")
         todo = [job for job in todo if job.next() is not None]
         workers = min(jobs or cores(), max(len(todo), 1))
         out(f"{experiment.name}, {size}: {count - len(todo)} of {count} runs finished before, {workers} at a time")
@@ -336,12 +344,24 @@ class _Job:
             return after, [sys.executable, "-c", _MEASURE, after, str(self.path)]
         return None
 
+    @property
+    def _agent(self) -> str:
+        return self.arm.agent or self.experiment.agent
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {**_DEFAULTS, **self.experiment.settings(self.arm, self.size), "seed": self.seed, "run_dir": self.path}
+
     def _train(self) -> list[str]:
-        settings = _DEFAULTS | self.experiment.settings(self.arm, self.size)
-        command = [sys.executable, "-m", "fastflow", "train", self.arm.agent or self.experiment.agent]
+        command = [sys.executable, "-m", "fastflow", "train", self._agent]
         if self._begun():
-            return [*command, f"--resume={self.path}", f"--threads={settings['threads']}"]
-        return [*command, *flags({**settings, "seed": self.seed, "run_dir": self.path})]
+            return [*command, f"--resume={self.path}", f"--threads={self._settings['threads']}"]
+        return [*command, *flags(self._settings)]
+
+    def take_over(self) -> Path | None:
+        """The finished run of another experiment that was copied here, if this one has not begun."""
+        self.clear()
+        return None if self.path.exists() else take_over(self._agent, flags(self._settings), self.path, self.folder)
 
     def _begun(self) -> bool:
         try:
