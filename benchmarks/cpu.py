@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds of a profile as a whole, behind which nothing is prepared, and shares of a measurement's time.
-FULL_SECONDS, QUICK_SECONDS = 840.0, 160.0
+FULL_SECONDS, QUICK_SECONDS = 840.0, 150.0
 FULL_SHARE, QUICK_SHARE = 1.0, 0.25
 # Seconds that each panel of the figure may take; points are measured in order until then.
 CURVE_SECONDS = 75.0

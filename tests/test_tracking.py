@@ -51,6 +51,18 @@ def test_a_difference_is_seen():
     assert str(Interval(1.0, 0.9, 1.1)).endswith("no difference")
 
 
+def test_what_memory_layout_does_is_no_difference():
+    outcome = compare.Outcome("name", "title")
+    outcome.old = [[1.0, 1.0, 1.0]] * 5
+    outcome.new = [[1.015 + i / 1000] * 3 for i in range(5)]
+    assert outcome.ratio is not None and not outcome.ratio.says_nothing
+    assert outcome.same and outcome.verdict(1.1) == "no difference"
+    outcome.resolution = 1.0
+    assert not outcome.same and outcome.verdict(1.1) == "slower, within the threshold"
+    assert not outcome.slower(1.1) and outcome.slower(1.005)
+    assert compare.Outcome("name", "title").same is False
+
+
 def test_a_single_launch_has_no_ends():
     assert launches_interval([[2.0, 2.0, 8.0]]) == (2.0, 0.0, math.inf)
 
@@ -60,6 +72,12 @@ def test_no_values_are_refused():
         median_interval([])
     with pytest.raises(ValueError, match="at least one launch"):
         launches_interval([[1.0], []])
+
+
+def test_a_resolution_below_1_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["HEAD", "--resolution", "0.98"])
+    assert "--resolution must be at least 1, got 0.98" in capsys.readouterr().err
 
 
 # Counts ---------------------------------------------------------------------------------------------------------------
