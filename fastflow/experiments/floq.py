@@ -60,6 +60,7 @@ def _small(steps: int = _UPDATES, env: str = "pointmaze-arena", **settings: Any)
         "steps": steps,
         "agent.lr_decay_steps": steps,
         "eval_interval": steps // 6,
+        "eval_episodes": 20,
         "save_interval": steps // 2,
         "device": "cpu",
     }
