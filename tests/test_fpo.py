@@ -13,7 +13,7 @@ import torch
 from conftest import assert_close_rms
 
 from fastflow.advantages import gae
-from fastflow.agents import dppo, fpo, ppo
+from fastflow.agents import dppo, fpo, on_policy, ppo
 from fastflow.agents.fpo import FpoAgent, FpoConfig, pair_times
 from fastflow.policy_loss import flow_policy_loss
 
@@ -614,6 +614,35 @@ def test_divergence_ends_an_updates_passes(name):
     for target, passes in ((0.0, 5), (1e-12, 1), (1e6, 5)):
         agent = make(name, target_kl=target, **settings)
         assert float(agent.update(rollout(agent))["actor/passes"]) == passes
+
+
+@every_agent
+def test_rows_in_order_at_once_or_part_by_part(name, monkeypatch):
+    found = []
+    for limit in (on_policy.SHUFFLED_BYTES, 0):
+        monkeypatch.setattr(on_policy, "SHUFFLED_BYTES", limit)
+        agent = make(name, num_minibatches=3)
+        metrics, seen = update_and_see(agent, rollout(agent))
+        found.append((metrics, agent.state_dict(), seen))
+    assert_same(found[0][0], found[1][0])
+    assert_same(found[0][1], found[1][1])
+    for (mine, _), (theirs, _) in zip(found[0][2], found[1][2], strict=True):
+        assert_same(mine, theirs)
+
+
+def test_known_gradients_do_not_outlive_a_loss_without_them():
+    """A minibatch of native code, one of PyTorch's, and one of native code again, against PyTorch alone."""
+    found = []
+    for backends in (("auto", "reference", "auto"), ("reference",) * 3):
+        agent = make(lr=1e-3)
+        rows = prepared(agent, rollout(agent, 11))
+        for backend in backends:
+            agent.config = dataclasses.replace(agent.config, backend=backend)
+            agent.networks.critic.backend = backend
+            agent._minibatch(rows)
+        found.append([(p.detach(), p.grad.clone()) for p in agent.networks.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
 @every_agent

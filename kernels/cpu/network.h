@@ -454,8 +454,8 @@ struct Block {
 
   // Forward ----------------------------------------------------------------------------------------------------------
 
-  // film_rows: cond's part of FiLM, row r at film_rows + index(r).
-  void forward(long n, const float* film_rows, long film_step, long first, long samples) {
+  // film_rows: cond's part of FiLM, row r at film_rows + index(r). Not inlined: the same bits wherever it is called.
+  __attribute__((noinline)) void forward(long n, const float* film_rows, long film_step, long first, long samples) {
     for (long i = 0; i < net.L; i++) {
       const Layer& layer = net.layers[i];
       const Packed::Hidden& own = w->layers[size_t(i)];
