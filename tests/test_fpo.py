@@ -958,3 +958,21 @@ def test_end_points_need_times_before_the_end():
     agent = make(prediction="endpoint", time_sampling="grid")
     for i in range(3):
         assert all(bool(value.isfinite()) for value in agent.update(rollout(agent, seed=i)).values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "adam_beta2": 0.9, "critic_lr": 1e-2}])
+def test_steps_without_the_optimizers_bookkeeping_are_its_own(settings):
+    agents = make(lr=1e-3, **settings), make(lr=1e-3, **settings)
+    plain = agents[1]
+    plain._descend = lambda complete: plain.optimizer.step()
+    for seed in range(2):
+        batch = rollout(agents[0], seed=seed)
+        for agent in agents:
+            agent.update(batch)
+    assert_same(agents[0].state_dict(), plain.state_dict())
+    assert all(float(m["step"]) == 8 for m in agents[0].optimizer.state.values())
+    # A state that is loaded by torch's own means has other tensors.
+    agents[0].optimizer.load_state_dict(agents[0].optimizer.state_dict())
+    for agent in agents:
+        agent.update(batch)
+    assert_same(agents[0].state_dict(), plain.state_dict())

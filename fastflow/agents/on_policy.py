@@ -350,6 +350,7 @@ class OnPolicyAgent(abc.ABC):
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        self._moments: list[Any] | None = None  # what `_descend` has looked up
         self._critic_gradients = FlatGradients(self.networks.critic.network.parameter_list())
         for parameter in self._trained.values():
             # What Adam would make at its first step, so that every state of an agent has the same tensors.
@@ -573,7 +574,7 @@ class OnPolicyAgent(abc.ABC):
             self._clip_gradient(self._actor_parameters, actor.gradients),
             self._clip_gradient(self._critic_parameters, critic_gradients),
         )
-        self.optimizer.step()
+        self._descend(actor.gradients is not None and critic_gradients is not None)
         self._minibatches_done += 1
         with torch.no_grad():
             ratios = actor.ratios
@@ -625,6 +626,38 @@ class OnPolicyAgent(abc.ABC):
         if limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
+
+    def _descend(self, complete: bool) -> None:
+        """One step of the optimizer. Where no gradient is missing (`complete`) that is one call for each group, for
+        which the optimizer itself takes several times as long to look at what it holds."""
+        groups = self.optimizer.param_groups
+        if not (complete and all(group["fused"] for group in groups)):
+            self.optimizer.step()
+            return
+        state = self.optimizer.state
+        if self._moments is None or self._moments[0][1][0] is not state[self._actor_parameters[0]]["exp_avg"]:
+            names = ("exp_avg", "exp_avg_sq", "step")
+            self._moments = [
+                (group["params"], *([state[p][name] for p in group["params"]] for name in names)) for group in groups
+            ]
+        with torch.no_grad():
+            torch._foreach_add_([step for *_, steps in self._moments for step in steps], 1)
+            for group, (parameters, means, squares, steps) in zip(groups, self._moments, strict=True):
+                torch._fused_adamw_(
+                    parameters,
+                    [p.grad for p in parameters],
+                    means,
+                    squares,
+                    [],
+                    steps,
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    amsgrad=False,
+                    maximize=False,
+                )
 
     def _steer(self, divergence: float) -> None:
         """Moves the policy's learning rate towards the divergence that adaptive_kl asks for."""

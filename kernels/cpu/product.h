@@ -122,6 +122,19 @@ void forward_tile(long ku, const uint32_t* a, long lda, const uint32_t* w, float
     for (int j = 0; j < 2; j++) store(c + i * ldc + j * LANES, sums[i][j]);
 }
 
+// Register tiles for n rows: whole ones, then what is left. With few sums a tile waits for its additions, so that one of
+// three rows, or of one, takes as long as one of four.
+template <class Run>
+INLINE void in_tiles(Run run, long n) {
+  run(std::integral_constant<int, ROWS>());
+  const long rest = n % ROWS;
+  if (ROWS > 8 && (rest == 8 || rest == 11)) run(std::integral_constant<int, 8>());
+  if (ROWS > 6) run(std::integral_constant<int, 6>());
+  run(std::integral_constant<int, 4>());
+  run(std::integral_constant<int, 3>());
+  run(std::integral_constant<int, 1>());
+}
+
 #if TILES
 // As `product`.
 static void tiled_product(long rows, long columns, long panel, const uint32_t* a, long lda, const uint32_t* packed,
@@ -194,10 +207,7 @@ void product(long rows, long columns, long ku, const uint32_t* a, long lda, cons
         forward_tile<BF, M>(ku, a + r * lda, lda, packed, c + r * ldc + n0, ldc, row,
                             from.rows ? from.rows + r * from.ld + n0 : nullptr, from.ld);
     };
-    run(std::integral_constant<int, ROWS>());
-    if (ROWS > 6) run(std::integral_constant<int, 6>());
-    run(std::integral_constant<int, 3>());
-    run(std::integral_constant<int, 1>());
+    in_tiles(run, rows - r);
   }
 }
 
@@ -233,9 +243,6 @@ void outer(long ru, long inputs, long columns, const uint32_t* a, long lda, cons
       for (; inputs - k >= M; k += M)
         outer_tile<BF, M>(ru, a + k, lda, d + n0, ldd, w + k * ldw + n0, ldw, columns - n0);
     };
-    run(std::integral_constant<int, ROWS>());
-    if (ROWS > 6) run(std::integral_constant<int, 6>());
-    run(std::integral_constant<int, 3>());
-    run(std::integral_constant<int, 1>());
+    in_tiles(run, inputs - k);
   }
 }
