@@ -774,6 +774,6 @@ def _shuffled(rows: Mapping[str, Tensor], order: Tensor, count: int) -> Iterator
         for index in order.tensor_split(count):
             yield {name: value[index] for name, value in rows.items()}
         return
-    parts = [value[order].tensor_split(count) for value in rows.values()]
+    parts = [value.index_select(0, order).tensor_split(count) for value in rows.values()]
     for part in zip(*parts, strict=True):
         yield dict(zip(rows, part, strict=True))

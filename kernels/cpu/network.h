@@ -358,8 +358,11 @@ struct Block {
   }
 
   // Rows of floats as a product's operand.
+  void units_of_rows(uint32_t* to, long ld_to, const float* from, long ld_from, long width, long n) const {
+    for (long r = 0; r < n; r++) units_of_row(to + r * ld_to, from + r * ld_from, width);
+  }
   void units_of_rows(uint32_t* to, long ld_to, const float* from, long ld_from, long width) const {
-    for (long r = 0; r < rows; r++) units_of_row(to + r * ld_to, from + r * ld_from, width);
+    units_of_rows(to, ld_to, from, ld_from, width, rows);
   }
   void units_of_row(uint32_t* to, const float* from, long width) const {
     long k = 0;
@@ -371,13 +374,22 @@ struct Block {
     if (BF && k % COLS) operand<BF>(to, Vec{}, int(k / LANES));  // tiles read pairs of vectors
   }
 
-  // cond's share of the first layer, once for all evaluations; row r of this block reads row (first + r) / samples.
+  // cond's share of the first layer, once for all evaluations; row r of this block reads row (first + r) / samples of
+  // cond, of which it is computed once.
   void set_cond(const float* from, long first, long samples, bool for_products = true) {
     if (!net.cond()) return;
-    for (long r = 0; r < rows; r++) units_of_row(cond + r * ld(net.C), from + (first + r) / samples * net.C, net.C);
-    if (for_products)
-      product<BF>(rows, net.layers[0].width, units<BF>(net.C), cond, ld(net.C), w->cond, base, net.layers[0].pad, {});
+    own_first = first % samples, own_samples = samples;
+    const long own = own_rows(), pad = net.layers[0].pad;
+    units_of_rows(cond, ld(net.C), from + first / samples * net.C, net.C, net.C, own);
+    if (!for_products) return;
+    product<BF>(own, net.layers[0].width, units<BF>(net.C), cond, ld(net.C), w->cond, base, pad, {});
+    for (long r = rows - 1; samples > 1 && r > 0; r--)  // from behind: no row is written before it was read
+      if (own_row(r) < r) memcpy(base + r * pad, base + own_row(r) * pad, size_t(pad) * 4);
   }
+  // Where a row finds its cond among the block's own rows of it.
+  long own_first = 0, own_samples = 1;
+  long own_row(long r) const { return (own_first + r) / own_samples; }
+  long own_rows() const { return own_row(rows - 1) + 1; }
   void set_time(const float* from, long step) {
     for (long r = 0; r < rows; r++) units_of_row(time + r * ld(net.T), from + r * step, net.T);
   }
@@ -668,15 +680,19 @@ struct Block {
           time_reached = true;
         }
       }
-      const uint32_t* dy_pairs = nullptr;
-      if (BF && net.norm == NONE) {
+      const uint32_t *dy_pairs = nullptr, *dy_rows = row_units;
+      long ld_dy = ld(layer.width);
+      if (!BF) {
+        // Floats are their own units.
+        dy_pairs = dy_rows = reinterpret_cast<const uint32_t*>(dy), ld_dy = layer.pad;
+      } else if (net.norm == NONE) {
         if (with_weights) dy_pairs = pair_d, pad_pairs(pair_d, layer.pad);
         const long wide = round_up(layer.width, LANES);
         for (long r = 0; wide < layer.pad && r < rows; r++)
-          operand<BF>(row_units + r * ld(layer.width), Vec{}, int(wide / LANES));
+          operand<BF>(row_units + r * ld_dy, Vec{}, int(wide / LANES));
       } else {
         if (with_weights) dy_pairs = pairs_of(pair_d, dy, layer.pad, layer.pad);
-        units_of_rows(row_units, ld(layer.width), dy, layer.pad, layer.width);
+        units_of_rows(row_units, ld_dy, dy, layer.pad, layer.width);
       }
       const long ku = units<BF>(layer.width);
       if (i > 0) {
@@ -692,8 +708,7 @@ struct Block {
           }
           Begin begin;
           if (reached[size_t(from)]) begin.rows = d[size_t(from)], begin.ld = source.pad;
-          product<BF>(rows, source.width, ku, row_units, ld(layer.width), own.in_t[j], d[size_t(from)], source.pad,
-                      begin);
+          product<BF>(rows, source.width, ku, dy_rows, ld_dy, own.in_t[j], d[size_t(from)], source.pad, begin);
           reached[size_t(from)] = true;
         }
         continue;
@@ -710,8 +725,11 @@ struct Block {
         }
       }
       if (with_state)
-        product<BF>(rows, net.F, ku, row_units, ld(layer.width), w->state_t, d_features, round_up(net.F, COLS), {});
-      if (with_time && !shared && !net.film()) time_gradient(w->time_t, layer.width, false);
+        product<BF>(rows, net.F, ku, dy_rows, ld_dy, w->state_t, d_features, round_up(net.F, COLS), {});
+      if (with_time && !shared && !net.film()) {
+        if (!BF) units_of_rows(row_units, ld(layer.width), dy, layer.pad, layer.width);
+        time_gradient(w->time_t, layer.width, false);
+      }
       if (net.cond())
         for (long k = 0; k < rows * layer.pad; k += LANES) store(d_base + k, load(d_base + k) + load(dy + k));
     }
@@ -727,19 +745,29 @@ struct Block {
   void cond_gradient(bool with_weights, float* d_cond) {
     if (!net.cond()) return;
     const Layer& layer = net.layers[0];
-    if (with_weights) {
-      const uint32_t* dy = pairs_of(pair_d, d_base, layer.pad, layer.pad);
-      const uint32_t* a = pairs_of_units(cond, ld(net.C), net.C);
-      outer<BF>(units<BF>(rows), net.C, layer.width, a, BF ? round_up(net.C, COLS) : ld(net.C), dy, layer.pad,
-                grads->w[0], layer.width);
+    if (d_cond) {
+      units_of_rows(row_units, ld(layer.width), d_base, layer.pad, layer.width);
+      const long pad = round_up(net.C, COLS);
+      // d[0] has been used up.
+      float* to = pad <= layer.pad ? d[0] : base_room(pad);
+      product<BF>(rows, net.C, units<BF>(layer.width), row_units, ld(layer.width), w->cond_t, to, pad, {});
+      for (long r = 0; r < rows; r++) memcpy(d_cond + r * net.C, to + r * pad, size_t(net.C) * 4);
     }
-    if (!d_cond) return;
-    units_of_rows(row_units, ld(layer.width), d_base, layer.pad, layer.width);
-    const long pad = round_up(net.C, COLS);
-    // d[0] has been used up.
-    float* to = pad <= layer.pad ? d[0] : base_room(pad);
-    product<BF>(rows, net.C, units<BF>(layer.width), row_units, ld(layer.width), w->cond_t, to, pad, {});
-    for (long r = 0; r < rows; r++) memcpy(d_cond + r * net.C, to + r * pad, size_t(net.C) * 4);
+    if (!with_weights) return;
+    // Rows of the same cond are added up first.
+    const long all = rows, own = own_rows();
+    for (long r = 1; own < all && r < all; r++) {
+      float* to = d_base + own_row(r) * layer.pad;
+      const float* from = d_base + r * layer.pad;
+      const bool more = own_row(r) == own_row(r - 1);
+      for (long k = 0; k < layer.pad; k += LANES) store(to + k, more ? load(to + k) + load(from + k) : load(from + k));
+    }
+    rows = own;
+    const uint32_t* dy = pairs_of(pair_d, d_base, layer.pad, layer.pad);
+    const uint32_t* a = pairs_of_units(cond, ld(net.C), net.C);
+    outer<BF>(units<BF>(rows), net.C, layer.width, a, BF ? round_up(net.C, COLS) : ld(net.C), dy, layer.pad,
+              grads->w[0], layer.width);
+    rows = all;
   }
   std::vector<float> room;
   float* base_room(long pad) {
