@@ -76,7 +76,8 @@ def test_wide_layers_keep_their_products(rows):
 @pytest.mark.parametrize("rows", [1, 3, 97, 1100])
 @pytest.mark.parametrize("norm", [None, "layer"])
 @pytest.mark.parametrize(
-    ("sizes", "activation"), [((5, 16, 1), "silu"), ((7, 130, 160, 6), "elu"), ((3, 8, 9, 2), "relu")]
+    ("sizes", "activation"),
+    [((5, 16, 1), "silu"), ((7, 130, 160, 6), "elu"), ((3, 8, 9, 2), "relu"), ((4, 400, 390, 395, 1), "tanh")],
 )
 def test_a_regression_in_one_pass_errs_no_more_than_pytorch(rows, norm, sizes, activation):
     stack = network(sizes, None, norm)
@@ -95,7 +96,8 @@ def test_a_regression_in_one_pass_errs_no_more_than_pytorch(rows, norm, sizes, a
     (truth, exact), (theirs, eager) = plain(torch.float64), plain(torch.float32)
     mine = torch.cat([g.double().flatten() for g in found])
     assert loss.shape == () and not loss.requires_grad
-    assert abs(loss.double() - truth) <= 2 * abs(theirs - truth) + 3e-7 * truth
+    # Of a single number either may be lucky.
+    assert abs(loss.double() - truth) <= 2 * abs(theirs - truth) + (3e-7 if target.numel() > 90 else 5e-6) * truth
     error, other = ((g - exact).square().mean().sqrt() for g in (mine, eager))
     assert error <= 2 * other + 3e-7 * exact.square().mean().sqrt()
 

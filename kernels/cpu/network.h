@@ -270,7 +270,7 @@ struct Block {
   long rows = 0;
 
   float *features, *base, *head, *scratch;
-  uint32_t *state, *time, *cond, *row_units, *pair_a, *pair_d;
+  uint32_t *state, *time, *cond, *row_units, *pair_a, *pair_d, *room_d;
   std::vector<float*> y, out, stats, film, d;
   std::vector<uint32_t*> op;
   std::vector<float*> slope;  // where a layer's derivatives lie for the way back, or null: computed again
@@ -350,6 +350,7 @@ struct Block {
     row_units = a.take<uint32_t>(n * most);
     pair_a = BF ? a.take<uint32_t>(n / 2 * most) : nullptr;
     pair_d = BF ? a.take<uint32_t>(n / 2 * most) : nullptr;
+    room_d = BF ? nullptr : a.take<uint32_t>(n * COLS);
     d_base = net.cond() ? a.take(n * first) : nullptr;
     d_head = a.take(n * net.pad_out);
     d_features = a.take(n * round_up(net.F, COLS));
@@ -703,7 +704,7 @@ struct Block {
           if (with_weights) {
             const uint32_t* a = pairs_of_units(op[size_t(from)], ld_out(from), source.width);
             outer<BF>(units<BF>(rows), source.width, layer.width, a, BF ? source.pad : ld_out(from), dy_pairs,
-                      layer.pad, to, layer.width);
+                      layer.pad, to, layer.width, row_units, room_d);
             to += source.width * layer.width;
           }
           Begin begin;
@@ -717,11 +718,11 @@ struct Block {
         float* to = grads->w[0] + net.cond() * layer.width;
         const uint32_t* a = pairs_of_units(state, ld(net.F), net.F);
         outer<BF>(units<BF>(rows), net.F, layer.width, a, BF ? round_up(net.F, COLS) : ld(net.F), dy_pairs, layer.pad,
-                  to, layer.width);
+                  to, layer.width, row_units, room_d);
         if (!shared && !net.film()) {
           a = pairs_of_units(time, ld(net.T), net.T);
           outer<BF>(units<BF>(rows), net.T, layer.width, a, BF ? round_up(net.T, COLS) : ld(net.T), dy_pairs, layer.pad,
-                    to + net.F * layer.width, layer.width);
+                    to + net.F * layer.width, layer.width, row_units, room_d);
         }
       }
       if (with_state)
@@ -766,7 +767,7 @@ struct Block {
     const uint32_t* dy = pairs_of(pair_d, d_base, layer.pad, layer.pad);
     const uint32_t* a = pairs_of_units(cond, ld(net.C), net.C);
     outer<BF>(units<BF>(rows), net.C, layer.width, a, BF ? round_up(net.C, COLS) : ld(net.C), dy, layer.pad,
-              grads->w[0], layer.width);
+              grads->w[0], layer.width, row_units, room_d);
     rows = all;
   }
   std::vector<float> room;
@@ -781,7 +782,8 @@ struct Block {
     for (long j = 0; j < 2; j++) {
       const uint32_t* dy = pairs_of(pair_d, film[size_t(i)] + j * layer.pad, 2 * layer.pad, layer.pad);
       outer<BF>(units<BF>(rows), net.T, layer.width, a, BF ? round_up(net.T, COLS) : ld(net.T), dy,
-                BF ? layer.pad : 2 * layer.pad, grads->film[size_t(i)] + j * layer.width, 2 * layer.width);
+                BF ? layer.pad : 2 * layer.pad, grads->film[size_t(i)] + j * layer.width, 2 * layer.width, row_units,
+                room_d);
     }
   }
 
@@ -796,7 +798,8 @@ struct Block {
     if (net.D > DOTS) {
       const uint32_t* a = pairs_of_units(op[size_t(last)], ld_out(last), top.width);
       outer<BF>(units<BF>(rows), top.width, net.D, a, BF ? top.pad : ld_out(last),
-                pairs_of(pair_d, d_head, net.pad_out, net.pad_out), net.pad_out, grads->w[size_t(net.L)], net.D);
+                pairs_of(pair_d, d_head, net.pad_out, net.pad_out), net.pad_out, grads->w[size_t(net.L)], net.D,
+                row_units, room_d);
       return;
     }
     for (long k = 0; k < net.D; k++)

@@ -228,20 +228,34 @@ void outer_tile(long ru, const uint32_t* a, long lda, const uint32_t* d, long ld
   }
 }
 
+// Operands of `outer` this wide are copied first: rows so far apart lie in few sets of the first-level cache.
+constexpr long WIDE = 384;
+
 // w [inputs, columns] += a^T d, summed over `ru` units of rows; a [ru, inputs] and d [ru, columns] hold units. For
-// tiles a is transposed already, [inputs, ru padded to 16], and zeros pad d's units likewise.
+// tiles a is transposed already, [inputs, ru padded to 16], and zeros pad d's units likewise. Room for copies of floats:
+// `room_a` [ru, inputs], `room_d` [ru, COLS].
 template <bool BF>
 void outer(long ru, long inputs, long columns, const uint32_t* a, long lda, const uint32_t* d, long ldd, float* w,
-           long ldw) {
+           long ldw, uint32_t* room_a, uint32_t* room_d) {
 #if TILES
   if (BF && amx::allowed) return tiled_outer(round_up(ru, TILE), inputs, columns, a, d, ldd, w, ldw);
 #endif
+  const bool copied = !BF && inputs >= WIDE && columns >= WIDE;
+  const long whole = copied ? inputs / ROWS * ROWS : 0;
+  for (long k = 0; k < whole; k += ROWS)
+    for (long r = 0; r < ru; r++) memcpy(room_a + k * ru + r * ROWS, a + r * lda + k, ROWS * 4);
   for (long n0 = 0; n0 < columns; n0 += COLS) {
+    const uint32_t* from = d + n0;
+    const long ld = copied ? COLS : ldd;
+    for (long r = 0; copied && r < ru; r++) memcpy(room_d + r * COLS, from + r * ldd, COLS * 4);
+    if (copied) from = room_d;
     long k = 0;
+    for (; k < whole; k += ROWS)
+      outer_tile<BF, ROWS>(ru, room_a + k * ru, ROWS, from, ld, w + k * ldw + n0, ldw, columns - n0);
     auto run = [&](auto tile_rows) {
       constexpr int M = decltype(tile_rows)::value;
       for (; inputs - k >= M; k += M)
-        outer_tile<BF, M>(ru, a + k, lda, d + n0, ldd, w + k * ldw + n0, ldw, columns - n0);
+        outer_tile<BF, M>(ru, a + k, lda, from, ld, w + k * ldw + n0, ldw, columns - n0);
     };
     in_tiles(run, inputs - k);
   }
