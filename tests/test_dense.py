@@ -96,10 +96,11 @@ def test_a_regression_in_one_pass_errs_no_more_than_pytorch(rows, norm, sizes, a
     (truth, exact), (theirs, eager) = plain(torch.float64), plain(torch.float32)
     mine = torch.cat([g.double().flatten() for g in found])
     assert loss.shape == () and not loss.requires_grad
-    # Of a single number either may be lucky.
-    assert abs(loss.double() - truth) <= 2 * abs(theirs - truth) + (3e-7 if target.numel() > 90 else 5e-6) * truth
+    # Of few numbers, on which all gradients hang, either may be lucky.
+    floor = 3e-7 if target.numel() > 90 else 5e-6
+    assert abs(loss.double() - truth) <= 2 * abs(theirs - truth) + floor * truth
     error, other = ((g - exact).square().mean().sqrt() for g in (mine, eager))
-    assert error <= 2 * other + 3e-7 * exact.square().mean().sqrt()
+    assert error <= 2 * other + floor * exact.square().mean().sqrt()
 
 
 @needs_native
