@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -538,3 +538,39 @@ def loss_bwd(
     ]
     call.run("loss_bwd", 1, (int(interpolate), int(needs_weights)), (sigma_min,), tensors)
     return [d_a, d_b, *_finished(gradients, cond, parameters)]
+
+
+# Policies -----------------------------------------------------------------------------------------------------------
+
+STATISTICS = 6
+"""Of `policy`: the loss, share of clipped ratios, mean loss of a pair; ratios' mean, largest, mean of rho - 1 - log."""
+
+
+class Objective(NamedTuple):
+    """What is made of pairs' losses: see `Objective` in operators.cpp."""
+
+    ints: tuple[int, int, int, int]
+    reals: tuple[float, ...]
+
+
+def policy(
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    spec: FieldSpec,
+    precision: str,
+    objective: Objective,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> None:
+    """FPO's loss of B actions with N pairs each and the gradients of a field's parameters, in one pass.
+
+    Args:
+        inputs: x_0 [B, N, D], t [B, N], action [B, D], cond [B, C], old losses [B, N], advantages [B].
+        parameters, spec: of a field without members, FiLM and layers for time. precision: a concrete one.
+        outputs: where losses [B, N], logarithms of ratios, ratios [B, N or 1] and the statistics go; contiguous.
+        gradients: where those of the parameters go, in their order; contiguous.
+    """
+    x_0, t, action, cond, old, advantages = (x.contiguous() for x in inputs)
+    call = _loss_call(spec, cond.unsqueeze(0), parameters, precision, t.unsqueeze(0), x_0.unsqueeze(0).shape)
+    tensors = (x_0, action, t, old, advantages, *outputs, None, *call.layout.ordered(gradients))
+    call.run("policy", 1, (1, *objective.ints), (0.0, *objective.reals), tensors)

@@ -245,3 +245,42 @@ def _covered(x: Tensor, parameters: Sequence[Tensor]) -> bool:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return False
     return cpu.why_unavailable() is None
+
+
+def regression(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    target: Tensor,
+    activation: str,
+    norm: str | None,
+    precision: str | None,
+    scale: float,
+    gradients: Sequence[Tensor],
+    eps: float = 1e-6,
+) -> Tensor | None:
+    """The mean squared error of a network and `scale` times its gradients in one pass, which holds a block's
+    activations for its way back; None, and nothing done, where native code does not cover the call.
+
+    Args:
+        x, target: [M, in] and [M, out], neither with a gradient of its own.
+        parameters, activation, norm, precision, eps: as for `dense_stack`, without members.
+        gradients: where those of the parameters go, in their order; contiguous.
+    """
+    watched = torch.compiler.is_compiling() or not operators.unwatched() or torch.is_autocast_enabled("cpu")
+    if watched or not torch.is_grad_enabled() or not _covered(x, parameters):
+        return None
+    given = (x, target, *parameters)
+    if any(type(t) not in operators.ORDINARY or t.dtype != torch.float32 or not t.is_cpu for t in given):
+        return None
+    plain = x.dim() == target.dim() == parameters[0].dim() == 2 and len(x) == len(target) > 0
+    if not plain or x.requires_grad or target.requires_grad:
+        return None
+    kind = _kind(x, parameters, activation, norm is not None, eps, precision or "fp32")
+    if target.shape[1] != kind.widths[-1]:
+        return None
+    y, mean = torch.empty_like(target, memory_format=torch.contiguous_format), target.new_empty(())
+    weights = [p.contiguous() for p in parameters]
+    inputs = (x.contiguous(), None, None, *weights, target.contiguous())
+    ints = _ints(x.unsqueeze(0), 1)
+    cpu.call("regression", _description(kind), ints, (scale,), (*inputs, y, mean, None, *gradients))
+    return mean

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import ops, reference
-from fastflow.dense import dense_stack
+from fastflow.dense import dense_stack, regression
 from fastflow.fields import (
     MLP,
     Architecture,
@@ -661,6 +661,14 @@ class ValueNetwork(_Plain):
             parameters = [p.detach() for p in parameters]
         out = self._dense(x, parameters)
         return out.reshape(*out.shape[:-2], *lead, 1)
+
+    def _regression(self, obs: Tensor, target: Tensor, scale: float, gradients: Sequence[Tensor]) -> Tensor | None:
+        """`dense.regression` of values of obs [M, O] on target [M]; `gradients` as `network.parameter_list()`."""
+        native = (ops.DEFAULT_BACKEND if self.backend is None else self.backend) != "reference"
+        if not native or self._wiring is not None or self.ensemble is not None:
+            return None
+        parameters, options = self.network.parameter_list(), (self.activation, self.norm, self.precision)
+        return regression(obs, parameters, target.unsqueeze(1), *options, scale, gradients)
 
 
 def value_ranges(

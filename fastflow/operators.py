@@ -117,7 +117,7 @@ def drawn(a: Tensor, b: Tensor, t: Tensor, seed: Tensor | None, ids: Tensor | No
 # What the operators share -------------------------------------------------------------------------------------------
 
 
-def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
+def refuse_double_backward(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
         "fastflow: second derivatives do not go through the fused operators; "
         "call with backend='reference', which is plain PyTorch"
@@ -680,7 +680,7 @@ def _integrate_bwd_vmap(
 
 
 integrate = Operator(_integrate, _integrate_setup, _integrate_grad, _integrate_vmap)
-_integrate_backward = Operator(_integrate_bwd, save_nothing, _refuse_double_backward, _integrate_bwd_vmap)
+_integrate_backward = Operator(_integrate_bwd, save_nothing, refuse_double_backward, _integrate_bwd_vmap)
 
 
 # fastflow::matching_loss --------------------------------------------------------------------------------------------
@@ -906,4 +906,4 @@ def _matching_bwd_vmap(
 
 
 matching_loss = Operator(_matching_loss_op, _matching_setup, _matching_grad, _matching_vmap)
-_matching_backward = Operator(_matching_loss_bwd, save_nothing, _refuse_double_backward, _matching_bwd_vmap)
+_matching_backward = Operator(_matching_loss_bwd, save_nothing, refuse_double_backward, _matching_bwd_vmap)

@@ -297,7 +297,7 @@ def _plain_walk(
     if rows is None or not operators.unwatched() or operators.inside_transform():
         return None
     backend = DEFAULT_BACKEND if backend is None else backend
-    if not (backend == "auto" or (backend == "fused" and not _INTERPRETED)) or torch.is_autocast_enabled("cpu"):
+    if not runs_native(backend) or torch.is_autocast_enabled("cpu"):
         return None
     if precision not in _PLAIN_PRECISIONS or not math.isfinite(t_0 + t_1) or cpu.unsupported(torch.float32):
         return None
@@ -312,6 +312,11 @@ def _plain_walk(
 
 
 _PLAIN_PRECISIONS = (None, *PRECISIONS)
+
+
+def runs_native(backend: str) -> bool:
+    """Whether native code is what a backend runs on the CPU."""
+    return backend == "auto" or (backend == "fused" and not _INTERPRETED)
 
 
 def plain_rows(spec: FieldSpec, x_0: object, cond: object, fields: int = 1) -> tuple[int, int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ class RunningStatistics:
         self.mean = torch.zeros(width, dtype=torch.float64, device=device)
         self.sum_of_squares = torch.zeros(width, dtype=torch.float64, device=device)
         self.limit = limit
+        self._kept: tuple[Any, Tensor, Tensor] | None = None  # mean and std of `normalize`, behind what they are of
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
@@ -58,8 +61,20 @@ class RunningStatistics:
 
     def normalize(self, rows: Tensor) -> Tensor:
         """(rows - mean) / std, clamped, in the rows' dtype."""
-        mean, std = self.mean.to(rows.dtype), self.std.to(rows.dtype)
+        mean, std = self._moments(rows.dtype)
         return ((rows - mean) / std).clamp(-self.limit, self.limit)
+
+    def _moments(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean and std in a dtype. A rollout asks for them at every step, and they change once in an update."""
+        mine = (self.count, self.mean, self.sum_of_squares)
+        if torch.compiler.is_compiling() or any(x.is_inference() for x in mine):
+            return self.mean.to(dtype), self.std.to(dtype)
+        # Tensors count what is done to them in place, be it by `update` or by whoever loads a state.
+        key = (dtype, *((id(x), x._version) for x in mine))
+        if self._kept is None or self._kept[0] != key:
+            with torch.inference_mode(False):  # kept for every caller
+                self._kept = (key, self.mean.to(dtype), self.std.to(dtype))
+        return self._kept[1:]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors it consists of, by name: what a checkpoint holds."""

@@ -73,6 +73,60 @@ def test_wide_layers_keep_their_products(rows):
 
 
 @needs_native
+@pytest.mark.parametrize("rows", [1, 3, 97, 1100])
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize(
+    ("sizes", "activation"),
+    [((5, 16, 1), "silu"), ((7, 130, 160, 6), "elu"), ((3, 8, 9, 2), "relu"), ((4, 400, 390, 395, 1), "tanh")],
+)
+def test_a_regression_in_one_pass_errs_no_more_than_pytorch(rows, norm, sizes, activation):
+    stack = network(sizes, None, norm)
+    source = torch.Generator().manual_seed(1)
+    x, target = (torch.randn(rows, width, generator=source) for width in (sizes[0], sizes[-1]))
+    parameters = [p.detach().requires_grad_() for p in stack.parameter_list()]
+
+    def plain(dtype):
+        own = [p.detach().to(dtype).requires_grad_() for p in parameters]
+        y = reference.dense_stack(x.to(dtype), own, activation, norm)
+        loss = (y - target.to(dtype)).square().mean()
+        return loss.detach().double(), torch.cat([g.double().flatten() for g in torch.autograd.grad(0.5 * loss, own)])
+
+    found = [torch.full_like(p, torch.nan) for p in parameters]
+    loss = dense.regression(x, parameters, target, activation, norm, None, 0.5, found)
+    (truth, exact), (theirs, eager) = plain(torch.float64), plain(torch.float32)
+    mine = torch.cat([g.double().flatten() for g in found])
+    assert loss.shape == () and not loss.requires_grad
+    # Of few numbers, on which all gradients hang, either may be lucky.
+    floor = 3e-7 if target.numel() > 90 else 5e-6
+    assert abs(loss.double() - truth) <= 2 * abs(theirs - truth) + floor * truth
+    error, other = ((g - exact).square().mean().sqrt() for g in (mine, eager))
+    assert error <= 2 * other + floor * exact.square().mean().sqrt()
+
+
+@needs_native
+def test_a_regression_that_is_not_covered_is_left_alone():
+    stack = network((5, 8, 1), None, None)
+    parameters = list(stack.parameters())
+    x, target = torch.randn(4, 5), torch.randn(4, 1)
+    found = [torch.zeros_like(p) for p in parameters]
+
+    def left(x=x, target=target, parameters=parameters):
+        return dense.regression(x, parameters, target, "silu", None, None, 1.0, found) is None
+
+    assert left(x=x.clone().requires_grad_()) and left(target=target[:3]) and left(target=target.expand(4, 2))
+    assert left(x=x.double()) and left(parameters=[p.double() for p in parameters])
+    assert left(x=x[:0], target=target[:0])
+    with torch.no_grad():
+        assert left()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert left()
+    members = network((5, 8, 1), 2, None)
+    assert left(parameters=list(members.parameters()))
+    assert not any(g.any() for g in found)
+    assert not left()
+
+
+@needs_native
 def test_modules_run_in_native_code_and_by_the_reference(monkeypatch):
     calls = []
     forward = dense.forward

@@ -13,7 +13,7 @@ import torch
 from conftest import assert_close_rms
 
 from fastflow.advantages import gae
-from fastflow.agents import dppo, fpo, ppo
+from fastflow.agents import dppo, fpo, on_policy, ppo
 from fastflow.agents.fpo import FpoAgent, FpoConfig, pair_times
 from fastflow.policy_loss import flow_policy_loss
 
@@ -617,6 +617,35 @@ def test_divergence_ends_an_updates_passes(name):
 
 
 @every_agent
+def test_rows_in_order_at_once_or_part_by_part(name, monkeypatch):
+    found = []
+    for limit in (on_policy.SHUFFLED_BYTES, 0):
+        monkeypatch.setattr(on_policy, "SHUFFLED_BYTES", limit)
+        agent = make(name, num_minibatches=3)
+        metrics, seen = update_and_see(agent, rollout(agent))
+        found.append((metrics, agent.state_dict(), seen))
+    assert_same(found[0][0], found[1][0])
+    assert_same(found[0][1], found[1][1])
+    for (mine, _), (theirs, _) in zip(found[0][2], found[1][2], strict=True):
+        assert_same(mine, theirs)
+
+
+def test_known_gradients_do_not_outlive_a_loss_without_them():
+    """A minibatch of native code, one of PyTorch's, and one of native code again, against PyTorch alone."""
+    found = []
+    for backends in (("auto", "reference", "auto"), ("reference",) * 3):
+        agent = make(lr=1e-3)
+        rows = prepared(agent, rollout(agent, 11))
+        for backend in backends:
+            agent.config = dataclasses.replace(agent.config, backend=backend)
+            agent.networks.critic.backend = backend
+            agent._minibatch(rows)
+        found.append([(p.detach(), p.grad.clone()) for p in agent.networks.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@every_agent
 def test_update_returns_detached_scalars(name):
     agent = make(name)
     batch = rollout(agent)
@@ -929,3 +958,21 @@ def test_end_points_need_times_before_the_end():
     agent = make(prediction="endpoint", time_sampling="grid")
     for i in range(3):
         assert all(bool(value.isfinite()) for value in agent.update(rollout(agent, seed=i)).values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "adam_beta2": 0.9, "critic_lr": 1e-2}])
+def test_steps_without_the_optimizers_bookkeeping_are_its_own(settings):
+    agents = make(lr=1e-3, **settings), make(lr=1e-3, **settings)
+    plain = agents[1]
+    plain._descend = lambda complete: plain.optimizer.step()
+    for seed in range(2):
+        batch = rollout(agents[0], seed=seed)
+        for agent in agents:
+            agent.update(batch)
+    assert_same(agents[0].state_dict(), plain.state_dict())
+    assert all(float(m["step"]) == 8 for m in agents[0].optimizer.state.values())
+    # A state that is loaded by torch's own means has other tensors.
+    agents[0].optimizer.load_state_dict(agents[0].optimizer.state_dict())
+    for agent in agents:
+        agent.update(batch)
+    assert_same(agents[0].state_dict(), plain.state_dict())

@@ -61,6 +61,28 @@ def test_normalized_rows():
     assert float(found.abs().max()) == 2.0
 
 
+def test_what_is_kept_for_the_next_rows_follows_every_change():
+    statistics, other, rows = RunningStatistics(2), RunningStatistics(2), torch.randn(10, 2)
+
+    def expected(rows):
+        return ((rows - statistics.mean.to(rows.dtype)) / statistics.std.to(rows.dtype)).clamp(-10, 10)
+
+    other.update(5 * rows + 1)
+    for change in (
+        lambda: None,
+        lambda: statistics.update(rows),
+        lambda: [mine.copy_(other.tensors()[name]) for name, mine in statistics.tensors().items()],
+        lambda: setattr(statistics, "mean", statistics.mean + 1),
+    ):
+        change()
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            assert torch.equal(statistics.normalize(rows.to(dtype)), expected(rows.to(dtype)))
+    with torch.inference_mode():
+        statistics.update(rows)
+        statistics.normalize(rows)
+    assert statistics.normalize(rows.clone().requires_grad_()).requires_grad
+
+
 def test_looking_changes_nothing():
     statistics = RunningStatistics(2)
     statistics.update(torch.randn(10, 2))

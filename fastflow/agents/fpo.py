@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from fastflow import ops
 from fastflow.agents.checks import check_config
 from fastflow.agents.flow import FlowConfig, flow_policy
-from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, OnPolicyAgent
+from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, FlatGradients, OnPolicyAgent
 from fastflow.fields import VelocityField
 from fastflow.modules import FlowPolicy, FrozenFlowPolicy
 from fastflow.philox import PhiloxNoise
-from fastflow.policy_loss import flow_policy_loss, pair_losses
+from fastflow.policy_loss import flow_policy_loss, pair_losses, policy_gradients
 
 __all__ = ["LOOP_PRESETS", "PRESETS", "FpoAgent", "FpoConfig", "preset_for"]
 
@@ -310,6 +310,7 @@ class FpoAgent(OnPolicyAgent):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._packed: dict[nn.Module, FrozenFlowPolicy] = {}
         super().__init__(*args, **kwargs)
+        self._flow_gradients = FlatGradients(cast(FlowPolicy, self.networks.actor).field.parameter_list())
 
     # Learning ---------------------------------------------------------------------------------------------------------
 
@@ -368,6 +369,15 @@ class FpoAgent(OnPolicyAgent):
         ratios: dict[str, Any] = {name: getattr(config, name) for name in names}
         field, noise, actions, t, obs = self._losing(rows)
         options = ratios | self._matching
+        if not config.entropy_coef:
+            known = self._flow_gradients
+            native = policy_gradients(
+                field, noise, actions, t, obs, rows["old"], advantages, gradients=known.parts, **options
+            )
+            if native is not None:
+                told = (native.mean, native.largest, native.divergence)
+                metrics = {"flow_loss": native.flow_loss}
+                return ActorLoss(native.loss, native.log_ratio, native.clip_fraction, None, metrics, known, told)
         found = flow_policy_loss(field, noise, actions, t, obs, rows["old"], advantages, **options)
         entropy = self._entropy(rows) if config.entropy_coef else None
         return ActorLoss(found.loss, found.log_ratio, found.clip_fraction, entropy, {"flow_loss": found.flow_loss})

@@ -15,7 +15,7 @@ import abc
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -203,6 +203,27 @@ PLAYGROUND: dict[str, Any] = {
 # The agent ----------------------------------------------------------------------------------------------------------
 
 
+class FlatGradients:
+    """Gradients of a network's parameters side by side in one piece of memory, for what computes them without autograd:
+    written in place in every minibatch, with one norm and one factor for all of them.
+
+    Attributes:
+        flat: the memory, 1-d.
+        parts: a gradient per parameter, in their order.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        sizes = [p.numel() for p in self.parameters]
+        self.flat = self.parameters[0].detach().new_zeros(sum(sizes))
+        self.parts = [part.view(p.shape) for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)]
+
+    def attach(self) -> None:
+        """Makes them the parameters' gradients."""
+        for parameter, part in zip(self.parameters, self.parts, strict=True):
+            parameter.grad = part
+
+
 class ActorLoss(NamedTuple):
     """What an algorithm makes of a minibatch of b rows.
 
@@ -212,6 +233,8 @@ class ActorLoss(NamedTuple):
         clip_fraction: share of ratios outside the clip range, 0-d.
         entropy: 0-d, with gradient, or None.
         metrics: further 0-d tensors without gradient, by name.
+        gradients: of the loss, where they are known already; it has no graph then.
+        ratios: the ratios' mean, the largest, and the mean of rho - 1 - log rho, 0-d, where they are known already.
     """
 
     loss: Tensor
@@ -219,6 +242,8 @@ class ActorLoss(NamedTuple):
     clip_fraction: Tensor
     entropy: Tensor | None
     metrics: dict[str, Tensor]
+    gradients: FlatGradients | None = None
+    ratios: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class OnPolicyNetworks(nn.Module):
@@ -325,6 +350,8 @@ class OnPolicyAgent(abc.ABC):
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        self._moments: list[Any] | None = None  # what `_descend` has looked up
+        self._critic_gradients = FlatGradients(self.networks.critic.network.parameter_list())
         for parameter in self._trained.values():
             # What Adam would make at its first step, so that every state of an agent has the same tensors.
             self.optimizer.state[parameter] = {
@@ -387,7 +414,8 @@ class OnPolicyAgent(abc.ABC):
     def to_env(self, actions: Tensor) -> Tensor:
         """Actions [..., A] within the environment's bounds: times action_scale, by tanh or cut off at -1 and 1, then
         scaled to the bounds."""
-        actions = actions * self.config.action_scale
+        if self.config.action_scale != 1:
+            actions = actions * self.config.action_scale
         inside = actions.tanh() if self.config.squash == "tanh" else actions.clamp(-1, 1)
         # Rounding may lead out of the bounds again.
         return (self._middle + self._half * inside).clamp(self._low, self._high)
@@ -457,8 +485,7 @@ class OnPolicyAgent(abc.ABC):
             spread = rows["returns"].var(correction=0)
             explained = 1 - (rows["returns"] - rows["values"]).var(correction=0) / spread.clamp(min=1e-12)
 
-        seen: list[Tensor] = []
-        names: list[str] = []
+        seen: list[dict[str, Tensor]] = []
         passes = 0
         for epoch in range(config.num_epochs):
             if epoch and config.recompute_advantages:
@@ -466,10 +493,7 @@ class OnPolicyAgent(abc.ABC):
                     self._estimate(rows, rollout, rewards)
             groups[0]["lr"] = rate * config.lr * float(self._lr_factor)
             order = torch.randperm(len(rows["obs"]), generator=self.generator, device=self.device)
-            for index in order.tensor_split(config.num_minibatches):
-                metrics = self._minibatch({name: value[index] for name, value in rows.items()})
-                names = list(metrics)
-                seen.append(torch.stack([*metrics.values()]))
+            seen += [self._minibatch(part) for part in _shuffled(rows, order, config.num_minibatches)]
             passes += 1
             if config.adaptive_kl or config.target_kl:
                 with torch.no_grad():
@@ -479,7 +503,8 @@ class OnPolicyAgent(abc.ABC):
                     break
         self._take_in(observations)
         self.step += 1
-        table = torch.stack(seen)
+        names = list(seen[0])
+        table = torch.stack([value for metrics in seen for value in metrics.values()]).view(len(seen), len(names))
         found = dict(zip(names, table.mean(0).unbind(), strict=True))
         found["actor/ratio_max"] = table[:, names.index("actor/ratio_max")].max()
         found |= {
@@ -540,27 +565,29 @@ class OnPolicyAgent(abc.ABC):
         actor_loss = actor.loss
         if actor.entropy is not None:
             actor_loss = actor_loss - config.entropy_coef * actor.entropy
-        value = self.networks.critic(rows["obs"]).squeeze(-1)
-        error = (value - rows["returns"]).square()
-        if config.value_clip:
-            old = rows["old_values"]
-            kept = old + (value - old).clamp(-config.value_clip, config.value_clip)
-            error = torch.maximum(error, (kept - rows["returns"]).square())
-        critic_loss = error.mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        (actor_loss + config.value_coef * critic_loss).backward()
-        norms = [self._clip_gradient(parameters) for parameters in (self._actor_parameters, self._critic_parameters)]
-        self.optimizer.step()
+        if actor.gradients is None:
+            _backward(actor_loss, self._actor_parameters)
+        else:
+            actor.gradients.attach()
+        critic_loss, critic_gradients = self._fit_values(rows)
+        norms = (
+            self._clip_gradient(self._actor_parameters, actor.gradients),
+            self._clip_gradient(self._critic_parameters, critic_gradients),
+        )
+        self._descend(actor.gradients is not None and critic_gradients is not None)
         self._minibatches_done += 1
         with torch.no_grad():
-            ratio = actor.log_ratio.exp()
+            ratios = actor.ratios
+            if ratios is None:
+                ratio = actor.log_ratio.exp()
+                ratios = ratio.mean(), ratio.max(), (ratio - 1 - actor.log_ratio).mean()
             metrics = {
                 "actor/actor_loss": actor_loss.detach(),
                 "critic/critic_loss": critic_loss.detach(),
                 "actor/clip_fraction": actor.clip_fraction,
-                "actor/ratio": ratio.mean(),
-                "actor/ratio_max": ratio.max(),
-                "actor/kl": (ratio - 1 - actor.log_ratio).mean(),
+                "actor/ratio": ratios[0],
+                "actor/ratio_max": ratios[1],
+                "actor/kl": ratios[2],
                 "actor/grad_norm": norms[0],
                 "critic/grad_norm": norms[1],
             }
@@ -568,13 +595,69 @@ class OnPolicyAgent(abc.ABC):
             metrics["actor/entropy"] = actor.entropy.detach()
         return metrics | {f"actor/{name}": value for name, value in actor.metrics.items()}
 
-    def _clip_gradient(self, parameters: list[nn.Parameter]) -> Tensor:
+    def _fit_values(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, FlatGradients | None]:
+        """The value network's loss, whose gradients are in place behind this; where they lie side by side, there."""
+        config, critic, obs, returns = self.config, self.networks.critic, rows["obs"], rows["returns"]
+        if not config.value_clip:
+            known = self._critic_gradients
+            loss = critic._regression(obs, returns, config.value_coef, known.parts)
+            if loss is not None:
+                known.attach()
+                return loss, known
+        value = critic(obs).squeeze(-1)
+        error = (value - returns).square()
+        if config.value_clip:
+            old = rows["old_values"]
+            kept = old + (value - old).clamp(-config.value_clip, config.value_clip)
+            error = torch.maximum(error, (kept - returns).square())
+        loss = error.mean()
+        _backward(config.value_coef * loss, self._critic_parameters)
+        return loss, None
+
+    def _clip_gradient(self, parameters: list[nn.Parameter], known: FlatGradients | None) -> Tensor:
+        limit = self.config.max_grad_norm
+        if known is not None:
+            norm = torch.linalg.vector_norm(known.flat)
+            if limit:
+                known.flat.mul_((limit / (norm + 1e-6)).clamp_(max=1.0))
+            return norm
         # A parameter that the loss does not reach has no gradient.
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if self.config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
+
+    def _descend(self, complete: bool) -> None:
+        """One step of the optimizer. Where no gradient is missing (`complete`) that is one call for each group, for
+        which the optimizer itself takes several times as long to look at what it holds."""
+        groups = self.optimizer.param_groups
+        if not (complete and all(group["fused"] for group in groups)):
+            self.optimizer.step()
+            return
+        state = self.optimizer.state
+        if self._moments is None or self._moments[0][1][0] is not state[self._actor_parameters[0]]["exp_avg"]:
+            names = ("exp_avg", "exp_avg_sq", "step")
+            self._moments = [
+                (group["params"], *([state[p][name] for p in group["params"]] for name in names)) for group in groups
+            ]
+        with torch.no_grad():
+            torch._foreach_add_([step for *_, steps in self._moments for step in steps], 1)
+            for group, (parameters, means, squares, steps) in zip(groups, self._moments, strict=True):
+                torch._fused_adamw_(
+                    parameters,
+                    [p.grad for p in parameters],
+                    means,
+                    squares,
+                    [],
+                    steps,
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    amsgrad=False,
+                    maximize=False,
+                )
 
     def _steer(self, divergence: float) -> None:
         """Moves the policy's learning rate towards the divergence that adaptive_kl asks for."""
@@ -671,3 +754,26 @@ class OnPolicyAgent(abc.ABC):
 
     def _check(self, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
         check_tensor(type(self).__name__, name, tensor, shape, self.dtype, self.device)
+
+
+def _backward(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Gradients of `loss` alone."""
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+
+
+SHUFFLED_BYTES = 1 << 26
+"""Most that a pass copies of a rollout at once."""
+
+
+def _shuffled(rows: Mapping[str, Tensor], order: Tensor, count: int) -> Iterator[dict[str, Tensor]]:
+    """The rows in `order`, in `count` parts. Of a rollout that is small everything is put in order at once: a view is
+    made sooner than rows are gathered."""
+    if sum(value.nbytes for value in rows.values()) > SHUFFLED_BYTES:
+        for index in order.tensor_split(count):
+            yield {name: value[index] for name, value in rows.items()}
+        return
+    parts = [value.index_select(0, order).tensor_split(count) for value in rows.values()]
+    for part in zip(*parts, strict=True):
+        yield dict(zip(rows, part, strict=True))

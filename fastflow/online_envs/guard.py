@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from typing import Any
 
@@ -78,7 +79,9 @@ class Guard(gymnasium.Wrapper):
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2 * self.obs_dim + _EXTRAS,), np.float32)
         self.failure: Failure | None = None
         self._dtype = actions.dtype
-        self._obs = np.zeros(self.obs_dim, dtype=np.float32)
+        self._obs = self._zeros = np.zeros(self.obs_dim, dtype=np.float32)
+        self._finite = True  # what `_vector` last gave
+        self._core = env.unwrapped
         self._steps = 0
         self._episode_steps = 0
 
@@ -101,8 +104,8 @@ class Guard(gymnasium.Wrapper):
             obs, reward, terminated, truncated, info = self.env.step(np.array(action, dtype=self._dtype))
             final_obs = self._vector(obs)
             reward = float(np.float32(reward))
-            invalid = bool(info.get("invalid", False)) or not np.isfinite(reward) or not np.isfinite(final_obs).all()
-            if invalid or has_diverged(getattr(self.env.unwrapped, "data", None)):
+            invalid = bool(info.get("invalid", False)) or not math.isfinite(reward) or not self._finite
+            if invalid or has_diverged(getattr(self._core, "data", None)):
                 invalid, reward, terminated, final_obs = True, 0.0, True, self._obs
             self._obs = final_obs
             if terminated or truncated:
@@ -135,13 +138,16 @@ class Guard(gymnasium.Wrapper):
         obs, _ = self.env.reset(seed=seed)
         self._episode_steps = 0
         self._obs = self._vector(obs)
-        if not np.isfinite(self._obs).all():
+        if not self._finite:
             raise ValueError(f"the first observation of an episode is not finite: {self._obs.tolist()}")
 
     def _vector(self, obs: Any) -> np.ndarray:
         # Beyond the range of float32 is as good as infinite.
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             vector = np.array(obs, dtype=np.float32)
+            # Zero times a number is zero where that is finite: this is asked at every step, and asking each number and
+            # then for all of them takes several times as long.
+            self._finite = vector.shape == self._zeros.shape and vector.dot(self._zeros) == 0.0
         if vector.shape != (self.obs_dim,):
             raise ValueError(f"expected an observation of shape {(self.obs_dim,)}, got {vector.shape}")
         return vector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -108,6 +109,13 @@ def has_diverged(data: Any) -> bool:
     mujoco = sys.modules.get("mujoco")
     if mujoco is None or not isinstance(data, mujoco.MjData):
         return False
-    # Positions, velocities, accelerations: three neighbours. This is asked at every step.
-    first, last = mujoco.mjtWarning.mjWARN_BADQPOS.value, mujoco.mjtWarning.mjWARN_BADQACC.value
-    return any(data.warning.number.tolist()[first : last + 1])
+    # This is asked at every step.
+    return any(data.warning.number.tolist()[_bad_numbers()])
+
+
+@functools.cache
+def _bad_numbers() -> slice:
+    """Where MuJoCo's warnings of positions, velocities and accelerations stand: three neighbours."""
+    import mujoco
+
+    return slice(mujoco.mjtWarning.mjWARN_BADQPOS.value, mujoco.mjtWarning.mjWARN_BADQACC.value + 1)

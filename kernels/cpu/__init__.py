@@ -150,7 +150,7 @@ def _loaded(bf16: bool = False) -> ctypes.CDLL | str:
         if bf16 not in _state:
             try:
                 library = ctypes.CDLL(str(build(bf16)))
-                for name in ("walk", "walk_bwd", "loss", "loss_bwd", "stack", "stack_bwd"):
+                for name in ("walk", "walk_bwd", "loss", "loss_bwd", "policy", "stack", "stack_bwd", "regression"):
                     function = getattr(library, f"fastflow_{name}")
                     function.argtypes = (ctypes.c_char_p,) * 3  # bytes are passed as they are
                 library.fastflow_freeze.argtypes = (ctypes.c_char_p,) * 3

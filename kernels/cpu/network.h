@@ -270,7 +270,7 @@ struct Block {
   long rows = 0;
 
   float *features, *base, *head, *scratch;
-  uint32_t *state, *time, *cond, *row_units, *pair_a, *pair_d;
+  uint32_t *state, *time, *cond, *row_units, *pair_a, *pair_d, *room_d;
   std::vector<float*> y, out, stats, film, d;
   std::vector<uint32_t*> op;
   std::vector<float*> slope;  // where a layer's derivatives lie for the way back, or null: computed again
@@ -350,6 +350,7 @@ struct Block {
     row_units = a.take<uint32_t>(n * most);
     pair_a = BF ? a.take<uint32_t>(n / 2 * most) : nullptr;
     pair_d = BF ? a.take<uint32_t>(n / 2 * most) : nullptr;
+    room_d = BF ? nullptr : a.take<uint32_t>(n * COLS);
     d_base = net.cond() ? a.take(n * first) : nullptr;
     d_head = a.take(n * net.pad_out);
     d_features = a.take(n * round_up(net.F, COLS));
@@ -358,8 +359,11 @@ struct Block {
   }
 
   // Rows of floats as a product's operand.
+  void units_of_rows(uint32_t* to, long ld_to, const float* from, long ld_from, long width, long n) const {
+    for (long r = 0; r < n; r++) units_of_row(to + r * ld_to, from + r * ld_from, width);
+  }
   void units_of_rows(uint32_t* to, long ld_to, const float* from, long ld_from, long width) const {
-    for (long r = 0; r < rows; r++) units_of_row(to + r * ld_to, from + r * ld_from, width);
+    units_of_rows(to, ld_to, from, ld_from, width, rows);
   }
   void units_of_row(uint32_t* to, const float* from, long width) const {
     long k = 0;
@@ -371,13 +375,22 @@ struct Block {
     if (BF && k % COLS) operand<BF>(to, Vec{}, int(k / LANES));  // tiles read pairs of vectors
   }
 
-  // cond's share of the first layer, once for all evaluations; row r of this block reads row (first + r) / samples.
+  // cond's share of the first layer, once for all evaluations; row r of this block reads row (first + r) / samples of
+  // cond, of which it is computed once.
   void set_cond(const float* from, long first, long samples, bool for_products = true) {
     if (!net.cond()) return;
-    for (long r = 0; r < rows; r++) units_of_row(cond + r * ld(net.C), from + (first + r) / samples * net.C, net.C);
-    if (for_products)
-      product<BF>(rows, net.layers[0].width, units<BF>(net.C), cond, ld(net.C), w->cond, base, net.layers[0].pad, {});
+    own_first = first % samples, own_samples = samples;
+    const long own = own_rows(), pad = net.layers[0].pad;
+    units_of_rows(cond, ld(net.C), from + first / samples * net.C, net.C, net.C, own);
+    if (!for_products) return;
+    product<BF>(own, net.layers[0].width, units<BF>(net.C), cond, ld(net.C), w->cond, base, pad, {});
+    for (long r = rows - 1; samples > 1 && r > 0; r--)  // from behind: no row is written before it was read
+      if (own_row(r) < r) memcpy(base + r * pad, base + own_row(r) * pad, size_t(pad) * 4);
   }
+  // Where a row finds its cond among the block's own rows of it.
+  long own_first = 0, own_samples = 1;
+  long own_row(long r) const { return (own_first + r) / own_samples; }
+  long own_rows() const { return own_row(rows - 1) + 1; }
   void set_time(const float* from, long step) {
     for (long r = 0; r < rows; r++) units_of_row(time + r * ld(net.T), from + r * step, net.T);
   }
@@ -454,8 +467,8 @@ struct Block {
 
   // Forward ----------------------------------------------------------------------------------------------------------
 
-  // film_rows: cond's part of FiLM, row r at film_rows + index(r).
-  void forward(long n, const float* film_rows, long film_step, long first, long samples) {
+  // film_rows: cond's part of FiLM, row r at film_rows + index(r). Not inlined: the same bits wherever it is called.
+  __attribute__((noinline)) void forward(long n, const float* film_rows, long film_step, long first, long samples) {
     for (long i = 0; i < net.L; i++) {
       const Layer& layer = net.layers[i];
       const Packed::Hidden& own = w->layers[size_t(i)];
@@ -668,15 +681,19 @@ struct Block {
           time_reached = true;
         }
       }
-      const uint32_t* dy_pairs = nullptr;
-      if (BF && net.norm == NONE) {
+      const uint32_t *dy_pairs = nullptr, *dy_rows = row_units;
+      long ld_dy = ld(layer.width);
+      if (!BF) {
+        // Floats are their own units.
+        dy_pairs = dy_rows = reinterpret_cast<const uint32_t*>(dy), ld_dy = layer.pad;
+      } else if (net.norm == NONE) {
         if (with_weights) dy_pairs = pair_d, pad_pairs(pair_d, layer.pad);
         const long wide = round_up(layer.width, LANES);
         for (long r = 0; wide < layer.pad && r < rows; r++)
-          operand<BF>(row_units + r * ld(layer.width), Vec{}, int(wide / LANES));
+          operand<BF>(row_units + r * ld_dy, Vec{}, int(wide / LANES));
       } else {
         if (with_weights) dy_pairs = pairs_of(pair_d, dy, layer.pad, layer.pad);
-        units_of_rows(row_units, ld(layer.width), dy, layer.pad, layer.width);
+        units_of_rows(row_units, ld_dy, dy, layer.pad, layer.width);
       }
       const long ku = units<BF>(layer.width);
       if (i > 0) {
@@ -687,13 +704,12 @@ struct Block {
           if (with_weights) {
             const uint32_t* a = pairs_of_units(op[size_t(from)], ld_out(from), source.width);
             outer<BF>(units<BF>(rows), source.width, layer.width, a, BF ? source.pad : ld_out(from), dy_pairs,
-                      layer.pad, to, layer.width);
+                      layer.pad, to, layer.width, row_units, room_d);
             to += source.width * layer.width;
           }
           Begin begin;
           if (reached[size_t(from)]) begin.rows = d[size_t(from)], begin.ld = source.pad;
-          product<BF>(rows, source.width, ku, row_units, ld(layer.width), own.in_t[j], d[size_t(from)], source.pad,
-                      begin);
+          product<BF>(rows, source.width, ku, dy_rows, ld_dy, own.in_t[j], d[size_t(from)], source.pad, begin);
           reached[size_t(from)] = true;
         }
         continue;
@@ -702,16 +718,19 @@ struct Block {
         float* to = grads->w[0] + net.cond() * layer.width;
         const uint32_t* a = pairs_of_units(state, ld(net.F), net.F);
         outer<BF>(units<BF>(rows), net.F, layer.width, a, BF ? round_up(net.F, COLS) : ld(net.F), dy_pairs, layer.pad,
-                  to, layer.width);
+                  to, layer.width, row_units, room_d);
         if (!shared && !net.film()) {
           a = pairs_of_units(time, ld(net.T), net.T);
           outer<BF>(units<BF>(rows), net.T, layer.width, a, BF ? round_up(net.T, COLS) : ld(net.T), dy_pairs, layer.pad,
-                    to + net.F * layer.width, layer.width);
+                    to + net.F * layer.width, layer.width, row_units, room_d);
         }
       }
       if (with_state)
-        product<BF>(rows, net.F, ku, row_units, ld(layer.width), w->state_t, d_features, round_up(net.F, COLS), {});
-      if (with_time && !shared && !net.film()) time_gradient(w->time_t, layer.width, false);
+        product<BF>(rows, net.F, ku, dy_rows, ld_dy, w->state_t, d_features, round_up(net.F, COLS), {});
+      if (with_time && !shared && !net.film()) {
+        if (!BF) units_of_rows(row_units, ld(layer.width), dy, layer.pad, layer.width);
+        time_gradient(w->time_t, layer.width, false);
+      }
       if (net.cond())
         for (long k = 0; k < rows * layer.pad; k += LANES) store(d_base + k, load(d_base + k) + load(dy + k));
     }
@@ -727,19 +746,29 @@ struct Block {
   void cond_gradient(bool with_weights, float* d_cond) {
     if (!net.cond()) return;
     const Layer& layer = net.layers[0];
-    if (with_weights) {
-      const uint32_t* dy = pairs_of(pair_d, d_base, layer.pad, layer.pad);
-      const uint32_t* a = pairs_of_units(cond, ld(net.C), net.C);
-      outer<BF>(units<BF>(rows), net.C, layer.width, a, BF ? round_up(net.C, COLS) : ld(net.C), dy, layer.pad,
-                grads->w[0], layer.width);
+    if (d_cond) {
+      units_of_rows(row_units, ld(layer.width), d_base, layer.pad, layer.width);
+      const long pad = round_up(net.C, COLS);
+      // d[0] has been used up.
+      float* to = pad <= layer.pad ? d[0] : base_room(pad);
+      product<BF>(rows, net.C, units<BF>(layer.width), row_units, ld(layer.width), w->cond_t, to, pad, {});
+      for (long r = 0; r < rows; r++) memcpy(d_cond + r * net.C, to + r * pad, size_t(net.C) * 4);
     }
-    if (!d_cond) return;
-    units_of_rows(row_units, ld(layer.width), d_base, layer.pad, layer.width);
-    const long pad = round_up(net.C, COLS);
-    // d[0] has been used up.
-    float* to = pad <= layer.pad ? d[0] : base_room(pad);
-    product<BF>(rows, net.C, units<BF>(layer.width), row_units, ld(layer.width), w->cond_t, to, pad, {});
-    for (long r = 0; r < rows; r++) memcpy(d_cond + r * net.C, to + r * pad, size_t(net.C) * 4);
+    if (!with_weights) return;
+    // Rows of the same cond are added up first.
+    const long all = rows, own = own_rows();
+    for (long r = 1; own < all && r < all; r++) {
+      float* to = d_base + own_row(r) * layer.pad;
+      const float* from = d_base + r * layer.pad;
+      const bool more = own_row(r) == own_row(r - 1);
+      for (long k = 0; k < layer.pad; k += LANES) store(to + k, more ? load(to + k) + load(from + k) : load(from + k));
+    }
+    rows = own;
+    const uint32_t* dy = pairs_of(pair_d, d_base, layer.pad, layer.pad);
+    const uint32_t* a = pairs_of_units(cond, ld(net.C), net.C);
+    outer<BF>(units<BF>(rows), net.C, layer.width, a, BF ? round_up(net.C, COLS) : ld(net.C), dy, layer.pad,
+              grads->w[0], layer.width, row_units, room_d);
+    rows = all;
   }
   std::vector<float> room;
   float* base_room(long pad) {
@@ -753,7 +782,8 @@ struct Block {
     for (long j = 0; j < 2; j++) {
       const uint32_t* dy = pairs_of(pair_d, film[size_t(i)] + j * layer.pad, 2 * layer.pad, layer.pad);
       outer<BF>(units<BF>(rows), net.T, layer.width, a, BF ? round_up(net.T, COLS) : ld(net.T), dy,
-                BF ? layer.pad : 2 * layer.pad, grads->film[size_t(i)] + j * layer.width, 2 * layer.width);
+                BF ? layer.pad : 2 * layer.pad, grads->film[size_t(i)] + j * layer.width, 2 * layer.width, row_units,
+                room_d);
     }
   }
 
@@ -768,7 +798,8 @@ struct Block {
     if (net.D > DOTS) {
       const uint32_t* a = pairs_of_units(op[size_t(last)], ld_out(last), top.width);
       outer<BF>(units<BF>(rows), top.width, net.D, a, BF ? top.pad : ld_out(last),
-                pairs_of(pair_d, d_head, net.pad_out, net.pad_out), net.pad_out, grads->w[size_t(net.L)], net.D);
+                pairs_of(pair_d, d_head, net.pad_out, net.pad_out), net.pad_out, grads->w[size_t(net.L)], net.D,
+                row_units, room_d);
       return;
     }
     for (long k = 0; k < net.D; k++)

@@ -285,10 +285,11 @@ struct Chunks {
   std::vector<float*> features;
   std::vector<Sums> sums;
 
-  Chunks(const Call& call, Arguments& g, bool weights) : c(call), with_weights(weights) {
+  // together: what a chunk's rows are a multiple of.
+  Chunks(const Call& call, Arguments& g, bool weights, long together = ROWS) : c(call), with_weights(weights) {
     const Net& net = c.net;
     chunks = weights ? std::max<long>(1, std::min(CHUNKS, c.M / CHUNK)) : (c.M + c.block() - 1) / c.block();
-    rows = round_up((c.M + chunks - 1) / chunks, ROWS);
+    rows = round_up((c.M + chunks - 1) / chunks, together);
     chunks = std::max<long>(1, (c.M + rows - 1) / rows);
     d_features = g.pointer<float>();
     with_features = d_features && c.shared && weights;
@@ -492,9 +493,14 @@ void walk_bwd(Arguments& g) {
 
 // Losses --------------------------------------------------------------------------------------------------------------
 
+// Functions whose result must be the same bits wherever they are called: what is compiled into its caller may take up
+// products into sums that another caller rounds first.
+#define SAME_BITS __attribute__((noinline))
+
 struct Loss : Call {
   bool interpolate;
-  float keep;  // 1 - sigma_min
+  float keep;        // 1 - sigma_min
+  long sharing = 1;  // rows that share one of b's
   const float *a, *b, *t;
 
   explicit Loss(Arguments& g) : Call(g) {
@@ -502,32 +508,54 @@ struct Loss : Call {
     keep = float(1.0 - *g.reals++);
     a = g.pointer<float>(), b = g.pointer<float>(), t = g.pointer<float>();
   }
+  const float* b_of(long row) const { return b + row / sharing * net.D; }
 };
 
 // The block's rows: their inputs, with their point x [rows, D].
 template <bool BF>
-void set_inputs(const Loss& w, Block<BF>& b, long e, long first, float* x, bool for_products) {
+SAME_BITS void set_inputs(const Loss& w, Block<BF>& b, long e, long first, float* x, bool for_products) {
   const long D = w.net.D, row = e * w.M + first;
-  for (long r = 0; r < b.rows; r++)
-    for (long j = 0; j < D; j++) {
-      const long i = (row + r) * D + j;
-      x[r * D + j] = w.interpolate ? (1.0f - w.keep * w.t[row + r]) * w.a[i] + w.t[row + r] * w.b[i] : w.a[i];
-    }
+  for (long r = 0; r < b.rows; r++) {
+    const float *from = w.a + (row + r) * D, *to = w.b_of(row + r), t = w.t[row + r];
+    for (long j = 0; j < D; j++)
+      x[r * D + j] = w.interpolate ? (1.0f - w.keep * t) * from[j] + t * to[j] : from[j];
+  }
   b.set_cond(w.cond_of(e), first, w.S, for_products);
   b.set_time(w.features + e * w.features_e + first * w.features_m, w.features_m);
   b.set_state(x);
 }
 // error [rows, D] of the velocity.
 template <bool BF>
-void errors(const Loss& w, Block<BF>& b, long e, long first, const float* x, float* error) {
+SAME_BITS void errors(const Loss& w, Block<BF>& b, long e, long first, const float* x, float* error) {
   const long D = w.net.D, row = e * w.M + first;
   b.forward(0, w.net.film() ? w.film_of(e) : nullptr, w.film_b, first, w.S);
   for (long r = 0; r < b.rows; r++) {
     const Velocity how(w.net, w.t[row + r]);
-    for (long j = 0; j < D; j++) {
-      const long i = (row + r) * D + j;
+    const float *from = w.a + (row + r) * D, *to = w.b_of(row + r);
+    for (long j = 0; j < D; j++)
       error[r * D + j] =
-          how.of(b.head[r * w.net.pad_out + j], x[r * D + j]) - (w.interpolate ? w.b[i] - w.keep * w.a[i] : w.b[i]);
+          how.of(b.head[r * w.net.pad_out + j], x[r * D + j]) - (w.interpolate ? to[j] - w.keep * from[j] : to[j]);
+  }
+}
+// losses [rows] of errors [rows, D].
+SAME_BITS void mean_squares(const float* error, long rows, long D, float* losses) {
+  for (long r = 0; r < rows; r++) {
+    float sum = 0.0f;
+    for (long j = 0; j < D; j++) sum += error[r * D + j] * error[r * D + j];
+    losses[r] = sum / float(D);
+  }
+}
+// What comes from the gradients d_error [rows, D] of the block's errors: the head's, and the points' d_x [rows, D].
+template <bool BF>
+void begin_back(const Loss& w, Block<BF>& b, long row, const float* d_error, float* d_x) {
+  const long D = w.net.D;
+  if (w.net.cond()) memset(b.d_base, 0, size_t(b.rows * w.net.layers[0].pad) * 4);
+  memset(b.d_head, 0, size_t(b.rows * w.net.pad_out) * 4);
+  for (long r = 0; r < b.rows; r++) {
+    const Velocity how(w.net, w.t[row + r]);
+    for (long j = 0; j < D; j++) {
+      b.d_head[r * w.net.pad_out + j] = how.to_head(d_error[r * D + j]);
+      d_x[r * D + j] = how.to_x(d_error[r * D + j]);
     }
   }
 }
@@ -553,11 +581,7 @@ void loss(Arguments& g) {
     if (kept) b.place(kept, w.E * w.M, e * w.M + first), error = kept_error + (e * w.M + first) * D;
     set_inputs(w, b, e, first, x, true);
     errors(w, b, e, first, x, error);
-    for (long r = 0; r < b.rows; r++) {
-      float sum = 0.0f;
-      for (long j = 0; j < D; j++) sum += error[r * D + j] * error[r * D + j];
-      losses[e * w.M + first + r] = sum / float(D);
-    }
+    mean_squares(error, b.rows, D, losses + e * w.M + first);
     own_buffers.trim(KEEP);
   });
   packed_weights.trim(KEEP);
@@ -597,17 +621,8 @@ void loss_bwd(Arguments& g) {
       } else {
         errors(w, b, e, first, x, error);
       }
-      if (w.net.cond()) memset(b.d_base, 0, size_t(b.rows * w.net.layers[0].pad) * 4);
-      memset(b.d_head, 0, size_t(b.rows * w.net.pad_out) * 4);
-      for (long r = 0; r < b.rows; r++) {
-        const Velocity how(w.net, w.t[row + r]);
-        for (long j = 0; j < D; j++) {
-          float& d_error = error[r * D + j];
-          d_error *= 2.0f / float(D) * grad[row + r];
-          b.d_head[r * w.net.pad_out + j] = how.to_head(d_error);
-          d_x[r * D + j] = how.to_x(d_error);
-        }
-      }
+      for (long i = 0; i < b.rows * D; i++) error[i] *= 2.0f / float(D) * grad[row + i / D];
+      begin_back(w, b, row, error, d_x);
       const bool with_state = d_a || (d_b && w.interpolate);
       b.backward(0, with_weights, with_state, of_rows.features != nullptr);
       if (with_state) b.state_gradient(x, d_x);
@@ -627,6 +642,148 @@ void loss_bwd(Arguments& g) {
   });
   chunks.join();
   packed_weights.trim(KEEP);
+}
+
+// Policies ------------------------------------------------------------------------------------------------------------
+
+// What is made of the losses of an action's N pairs, as `fastflow.surrogate` states it, and its gradients by them.
+struct Objective {
+  bool per_action, aspo, straight_through;
+  long error;                                   // what the losses are the error of: see `weight`
+  float factor, scale;                          // of a loss: for its reduction over D, and the caller's
+  float loss_clamp, difference_clamp;           // 0 for none
+  float low, high, clip;                        // bounds of a ratio; their distance from 1
+  float count;                                  // of all ratios
+  const float *old, *advantages;                // [B, N], [B]
+
+  explicit Objective(Arguments& g) {
+    error = g.integer(), per_action = g.integer() != 0, aspo = g.integer() != 0, straight_through = g.integer() != 0;
+    factor = g.real(), scale = g.real(), loss_clamp = g.real(), difference_clamp = g.real();
+    low = g.real(), high = g.real(), clip = g.real(), count = g.real();
+    old = g.pointer<float>(), advantages = g.pointer<float>();
+  }
+
+  // The squared error of what a velocity implies, in units of its own: of the velocity, the noise or the end point.
+  float weight(float t) const { return error == 0 ? 1.0f : error == 1 ? t * t : (1.0f - t) * (1.0f - t); }
+  // In the order in which `fastflow.policy_loss.pair_losses` multiplies.
+  SAME_BITS void scaled(const float* t, long rows, float* losses) const {
+    for (long r = 0; r < rows; r++) losses[r] = losses[r] * factor * weight(t[r]) * scale;
+  }
+
+  struct Gain {
+    float value, slope;  // of the objective, and by the ratio
+  };
+  // The gradient of a minimum is shared where both are equal, and a clamp lets it pass up to its bounds.
+  Gain gain(float ratio, float a) const {
+    if (aspo && a < 0.0f) {
+      const float pull = a / (2.0f * clip), off = ratio - 1.0f;
+      return {ratio * a + pull * (off * off), a + 2.0f * (pull * off)};
+    }
+    const float kept = ratio > high ? high : ratio < low ? low : ratio, free = ratio * a, held = kept * a;
+    const bool inside = ratio >= low && ratio <= high;
+    if (free < held) return {free, a};
+    if (free > held) return {held, 0.0f};
+    return {free, free == held && !inside ? a / 2.0f : a};
+  }
+  // The change of a pair's loss; whether gradients pass its clamps.
+  float difference(float before, float now, bool& passes) const {
+    passes = true;
+    if (loss_clamp > 0.0f) {
+      if (before > loss_clamp) before = loss_clamp;
+      if (now > loss_clamp) now = loss_clamp, passes = straight_through;
+    }
+    const float change = before - now;
+    if (!(difference_clamp > 0.0f) || std::fabs(change) <= difference_clamp) return change;
+    if (change != change) return change;
+    passes &= straight_through;
+    return change > 0.0f ? difference_clamp : -difference_clamp;
+  }
+  // One action: its losses [N] become their gradients; logarithms and ratios, N or one.
+  void action(long i, long N, const float* t, const float* losses, float* grads, float* log_ratio,
+              float* ratios) const {
+    const float a = advantages[i];
+    double sum = 0.0;
+    for (long j = 0; j < N; j++) {
+      bool passes;
+      const float change = difference(old[i * N + j], losses[j], passes);
+      grads[j] = passes ? factor * weight(t[j]) * scale : 0.0f;
+      if (!per_action) log_ratio[j] = change;
+      sum += change;
+    }
+    if (per_action) log_ratio[0] = float(sum / double(N));
+    for (long j = 0; j < (per_action ? 1 : N); j++) {
+      ratios[j] = std::exp(log_ratio[j]);
+      const float by = gain(ratios[j], a).slope * ratios[j] / count;
+      if (!per_action) grads[j] *= by;
+      for (long k = 0; per_action && k < N; k++) grads[k] *= by / float(N);
+    }
+  }
+};
+
+// What a minibatch is told by: the loss, the share of ratios that were clipped, the mean loss of a pair, the ratios'
+// mean, largest, and mean of rho - 1 - log rho.
+constexpr long STATISTICS = 6;
+
+// FPO's loss and its gradients in one go: a block of actions with all their pairs goes forward and back while its
+// activations are at hand.
+template <bool BF>
+void policy(Arguments& g) {
+  Loss w(g);
+  const Objective objective(g);
+  w.sharing = w.S;
+  float *losses = g.pointer<float>(), *log_ratio = g.pointer<float>(), *ratios = g.pointer<float>(),
+        *statistics = g.pointer<float>();
+  const long D = w.net.D, N = w.S, per = objective.per_action ? 1 : N;
+  const long block = N * std::max<long>(1, w.block() / N);
+  Chunks<BF> chunks(w, g, true, block);
+  const auto packed = pack_weights<BF>(w, true);
+  for_all(chunks.chunks, w.threads, [&](long task) {
+    const long from = task * chunks.rows, to = std::min(w.M, from + chunks.rows);
+    Block<BF> b(w.net);
+    float *x, *error, *d_x, *grads;
+    own_buffers.hold([&](Arena& a) {
+      b.lay(a, block, false, true);
+      x = a.take(block * D), error = a.take(block * D), d_x = a.take(block * D), grads = a.take(block);
+    });
+    b.w = &packed[0], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
+    chunks.begin(task);
+    for (long first = from; first < to; first += block) {
+      b.rows = std::min(block, to - first);
+      set_inputs(w, b, 0, first, x, true);
+      errors(w, b, 0, first, x, error);
+      mean_squares(error, b.rows, D, losses + first);
+      objective.scaled(w.t + first, b.rows, losses + first);
+      for (long r = 0; r < b.rows; r += N) {
+        const long i = (first + r) / N;
+        objective.action(i, N, w.t + first + r, losses + first + r, grads + r, log_ratio + i * per, ratios + i * per);
+      }
+      for (long r = 0; r < b.rows; r++)
+        for (long j = 0; j < D; j++) error[r * D + j] *= 2.0f / float(D) * grads[r];
+      begin_back(w, b, first, error, d_x);
+      b.backward(0, true, false, false);
+      b.cond_gradient(true, nullptr);
+    }
+    chunks.finish(task);
+    own_buffers.trim(KEEP);
+  });
+  chunks.join();
+  packed_weights.trim(KEEP);
+  double sums[STATISTICS] = {};
+  float largest = -INFINITY;
+  for (long i = 0; i < w.B * per; i++) {
+    const float rho = ratios[i];
+    sums[0] -= objective.gain(rho, objective.advantages[i / per]).value;
+    sums[1] += std::fabs(rho - 1.0f) > objective.clip;
+    sums[3] += rho;
+    largest = largest != largest ? largest : rho > largest || rho != rho ? rho : largest;
+    sums[5] += double(rho) - 1.0 - double(log_ratio[i]);
+  }
+  for (long i = 0; i < w.M; i++) sums[2] += losses[i];
+  const double ratio_count = double(w.B * per);
+  statistics[0] = float(sums[0] / double(objective.count));
+  statistics[1] = float(sums[1]) / float(ratio_count);
+  statistics[2] = float(sums[2] / double(w.M));
+  statistics[3] = float(sums[3] / ratio_count), statistics[4] = largest, statistics[5] = float(sums[5] / ratio_count);
 }
 
 // Plain networks ------------------------------------------------------------------------------------------------------
@@ -694,6 +851,49 @@ void stack_bwd(Arguments& g) {
   packed_weights.trim(KEEP);
 }
 
+// The mean squared error of a plain network's results and `scale` times its gradients in one go, a block of rows at a
+// time as in `policy`. Results y [M, D].
+template <bool BF>
+void regression(Arguments& g) {
+  const Call c(g);
+  const float scale = g.real();
+  const float* target = g.pointer<float>();  // [M, D]
+  float *y = g.pointer<float>(), *mean = g.pointer<float>();
+  const long block = c.block(), D = c.net.D;
+  Chunks<BF> chunks(c, g, true, block);
+  const auto packed = pack_weights<BF>(c, true);
+  const float factor = float(2.0 * double(scale) / double(c.M * D));
+  for_all(chunks.chunks, c.threads, [&](long task) {
+    const long from = task * chunks.rows, to = std::min(c.M, from + chunks.rows);
+    Block<BF> b(c.net);
+    own_buffers.hold([&](Arena& a) { b.lay(a, block, true, true); });
+    b.w = &packed[0], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
+    chunks.begin(task);
+    for (long first = from; first < to; first += block) {
+      b.rows = std::min(block, to - first);
+      b.set_cond(c.cond_of(0), first, 1);
+      b.forward(0, nullptr, 0, first, 1);
+      memset(b.d_base, 0, size_t(b.rows * c.net.layers[0].pad) * 4);
+      memset(b.d_head, 0, size_t(b.rows * c.net.pad_out) * 4);
+      for (long r = 0; r < b.rows; r++)
+        for (long j = 0; j < D; j++) {
+          const long i = (first + r) * D + j;
+          y[i] = b.head[r * c.net.pad_out + j];
+          b.d_head[r * c.net.pad_out + j] = factor * (y[i] - target[i]);
+        }
+      b.backward(0, true, false, false);
+      b.cond_gradient(true, nullptr);
+    }
+    chunks.finish(task);
+    own_buffers.trim(KEEP);
+  });
+  chunks.join();
+  packed_weights.trim(KEEP);
+  double sum = 0.0;
+  for (long i = 0; i < c.M * D; i++) sum += (double(y[i]) - double(target[i])) * (double(y[i]) - double(target[i]));
+  mean[0] = float(sum / double(c.M * D));
+}
+
 // 0, or what went wrong: 1 for no memory.
 template <class Do>
 int guarded(Do what) {
@@ -721,6 +921,8 @@ int fastflow_walk(const int64_t* i, const double* r, void* const* p) { return ru
 int fastflow_walk_bwd(const int64_t* i, const double* r, void* const* p) { return run(walk_bwd<PAIRS>, i, r, p); }
 int fastflow_loss(const int64_t* i, const double* r, void* const* p) { return run(loss<PAIRS>, i, r, p); }
 int fastflow_loss_bwd(const int64_t* i, const double* r, void* const* p) { return run(loss_bwd<PAIRS>, i, r, p); }
+int fastflow_policy(const int64_t* i, const double* r, void* const* p) { return run(policy<PAIRS>, i, r, p); }
+int fastflow_regression(const int64_t* i, const double* r, void* const* p) { return run(regression<PAIRS>, i, r, p); }
 int fastflow_stack(const int64_t* i, const double* r, void* const* p) { return run(stack<PAIRS>, i, r, p); }
 int fastflow_stack_bwd(const int64_t* i, const double* r, void* const* p) { return run(stack_bwd<PAIRS>, i, r, p); }
 // A handle to `Frozen`, or null.

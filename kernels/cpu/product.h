@@ -122,6 +122,19 @@ void forward_tile(long ku, const uint32_t* a, long lda, const uint32_t* w, float
     for (int j = 0; j < 2; j++) store(c + i * ldc + j * LANES, sums[i][j]);
 }
 
+// Register tiles for n rows: whole ones, then what is left. With few sums a tile waits for its additions, so that one of
+// three rows, or of one, takes as long as one of four.
+template <class Run>
+INLINE void in_tiles(Run run, long n) {
+  run(std::integral_constant<int, ROWS>());
+  const long rest = n % ROWS;
+  if (ROWS > 8 && (rest == 8 || rest == 11)) run(std::integral_constant<int, 8>());
+  if (ROWS > 6) run(std::integral_constant<int, 6>());
+  run(std::integral_constant<int, 4>());
+  run(std::integral_constant<int, 3>());
+  run(std::integral_constant<int, 1>());
+}
+
 #if TILES
 // As `product`.
 static void tiled_product(long rows, long columns, long panel, const uint32_t* a, long lda, const uint32_t* packed,
@@ -194,10 +207,7 @@ void product(long rows, long columns, long ku, const uint32_t* a, long lda, cons
         forward_tile<BF, M>(ku, a + r * lda, lda, packed, c + r * ldc + n0, ldc, row,
                             from.rows ? from.rows + r * from.ld + n0 : nullptr, from.ld);
     };
-    run(std::integral_constant<int, ROWS>());
-    if (ROWS > 6) run(std::integral_constant<int, 6>());
-    run(std::integral_constant<int, 3>());
-    run(std::integral_constant<int, 1>());
+    in_tiles(run, rows - r);
   }
 }
 
@@ -218,24 +228,35 @@ void outer_tile(long ru, const uint32_t* a, long lda, const uint32_t* d, long ld
   }
 }
 
+// Operands of `outer` this wide are copied first: rows so far apart lie in few sets of the first-level cache.
+constexpr long WIDE = 384;
+
 // w [inputs, columns] += a^T d, summed over `ru` units of rows; a [ru, inputs] and d [ru, columns] hold units. For
-// tiles a is transposed already, [inputs, ru padded to 16], and zeros pad d's units likewise.
+// tiles a is transposed already, [inputs, ru padded to 16], and zeros pad d's units likewise. Room for copies of floats:
+// `room_a` [ru, inputs], `room_d` [ru, COLS].
 template <bool BF>
 void outer(long ru, long inputs, long columns, const uint32_t* a, long lda, const uint32_t* d, long ldd, float* w,
-           long ldw) {
+           long ldw, uint32_t* room_a, uint32_t* room_d) {
 #if TILES
   if (BF && amx::allowed) return tiled_outer(round_up(ru, TILE), inputs, columns, a, d, ldd, w, ldw);
 #endif
+  const bool copied = !BF && inputs >= WIDE && columns >= WIDE;
+  const long whole = copied ? inputs / ROWS * ROWS : 0;
+  for (long k = 0; k < whole; k += ROWS)
+    for (long r = 0; r < ru; r++) memcpy(room_a + k * ru + r * ROWS, a + r * lda + k, ROWS * 4);
   for (long n0 = 0; n0 < columns; n0 += COLS) {
+    const uint32_t* from = d + n0;
+    const long ld = copied ? COLS : ldd;
+    for (long r = 0; copied && r < ru; r++) memcpy(room_d + r * COLS, from + r * ldd, COLS * 4);
+    if (copied) from = room_d;
     long k = 0;
+    for (; k < whole; k += ROWS)
+      outer_tile<BF, ROWS>(ru, room_a + k * ru, ROWS, from, ld, w + k * ldw + n0, ldw, columns - n0);
     auto run = [&](auto tile_rows) {
       constexpr int M = decltype(tile_rows)::value;
       for (; inputs - k >= M; k += M)
-        outer_tile<BF, M>(ru, a + k, lda, d + n0, ldd, w + k * ldw + n0, ldw, columns - n0);
+        outer_tile<BF, M>(ru, a + k, lda, from, ld, w + k * ldw + n0, ldw, columns - n0);
     };
-    run(std::integral_constant<int, ROWS>());
-    if (ROWS > 6) run(std::integral_constant<int, 6>());
-    run(std::integral_constant<int, 3>());
-    run(std::integral_constant<int, 1>());
+    in_tiles(run, inputs - k);
   }
 }
