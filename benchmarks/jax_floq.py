@@ -42,7 +42,7 @@ class JaxFloq:
         self.config, self.unrolled = agent.config, unrolled
         networks = agent.networks
         self.critic_spec, self.actor_spec = networks.floq.field.spec, networks.actor_bc_flow.field.spec
-        self.noise_range = networks.floq.noise_range
+        self.noise_range, self.value_range = networks.floq.noise_range, networks.floq.value_range
         self.norms = {"critic": networks.critic.norm, "onestep": networks.actor_onestep_flow.norm}
         self.v = {
             "floq": velocity(self.critic_spec, precision),
@@ -118,7 +118,7 @@ class JaxFloq:
         target_q, q = (jax.lax.stop_gradient(x).reshape(-1, b, s) for x in (target_q, q))
         next_q = (target_q.min(0) if config.q_agg == "min" else target_q.mean(0)).mean(-1)
         goal = batch["rewards"] + config.discount * batch["masks"] * next_q
-        value = q.mean((0, 2))
+        value, walks = q.mean((0, 2)), jnp.stack([target_q, q])
         t = (jnp.zeros_like(noise["time"]) if config.train_at_zero_only else noise["time"]).reshape(-1)
         x_1 = jnp.repeat(goal, s)[:, None]
         x_t = (1 - t[:, None]) * start + t[:, None] * x_1
@@ -135,6 +135,8 @@ class JaxFloq:
             "q_max": value.max(),
             "target_mean": goal.mean(),
             "var_flow_returns": q.var(2).mean(),
+            "td_error": jnp.abs(goal - value).mean(),
+            "outside_range": (jnp.clip(walks, *self.value_range) != walks).mean(),
         }
 
     def actor_loss(
