@@ -17,6 +17,7 @@ __all__ = [
     "BACKUP",
     "EMBEDDING",
     "FEATURE_NORM",
+    "MEDIUM",
     "NOISE_RANGE",
     "PLASTICITY",
     "RECOVERY",
@@ -290,6 +291,49 @@ FEATURE_NORM = Experiment(
     ),
     sizes=_sizes(("antmaze-giant-navigate", "humanoidmaze-medium-navigate")),
     metrics=(_NORM, Metric("feature_norm", "feature norm"), _SUCCESS, _LAST),
+)
+
+# From fastflow collect pointmaze-medium-navigate-v0 --dataset-dir data --episodes 300. Every arm changes one thing of the
+# preset, but the demo's, which is what works in the arena with a discount for the longer ways.
+MEDIUM = Experiment(
+    name="floq-medium",
+    title="floq on pointmaze-medium",
+    agent="floq",
+    question="Why does a small floq learn the medium maze and then lose it, and what keeps it?",
+    arms=(
+        _arm("cpu", "preset", after="maze"),
+        _arm("kappa0.03", "kappa 0.03", {"agent.noise_coverage": 0.03}, after="maze"),
+        _arm("alpha0.3", "alpha 0.3", {"agent.alpha": 0.3}, after="maze"),
+        _arm(
+            "demo",
+            "the demo's, gamma 0.995",
+            {"agent.alpha": 0.3, "agent.discount": 0.995, "agent.tau": 0.02, "agent.noise_coverage": 0.03},
+            after="maze",
+        ),
+    ),
+    sizes={
+        "small": Size(
+            {
+                "env": "pointmaze-medium-navigate-singletask-v0",
+                "preset": "pointmaze-medium-navigate/cpu",
+                "dataset_dir": "data",
+                "device": "cpu",
+            },
+            (0, 1, 2, 3, 4),
+            "2 CPU cores, 1 hour",
+        )
+    },
+    metrics=(
+        _LAST,
+        _LENGTH,
+        Metric("way.data", "policy on the way, at data", "higher", compare="difference"),
+        Metric("way.critic", "critic on the way, at data", "higher", compare="difference"),
+        Metric("lost.rows", "data where it gets lost, of 100,000"),
+        Metric("lost.excess", "value there above the truth", compare="difference"),
+        _VARIANCE,
+        _SUCCESS,
+    ),
+    reference="cpu",
 )
 
 _ONLINE = 3_000
