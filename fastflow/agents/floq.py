@@ -199,7 +199,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "block_depth": 2,
         "value_hidden_dims": (64, 64, 64),
         "actor_hidden_dims": (64, 64, 64),
-        "lr_decay_steps": 12_000,
+        "lr_decay_steps": 15_000,
     },
 }
 """Settings by name, as what differs from `FloqConfig()`. `<environment>-<dataset type>` is the published offline
@@ -218,7 +218,7 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
         "threads": 1,
     },
     "pointmaze-medium-navigate/cpu": {
-        "steps": 12_000,
+        "steps": 15_000,
         "observation_scale": 4.0,
         "log_interval": 500,
         "eval_interval": 3_000,
