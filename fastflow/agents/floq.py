@@ -180,19 +180,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "actor_hidden_dims": (64, 64, 64),
         "lr_decay_steps": 15_000,
     },
-    # The same networks in a maze with walls, on whose corners the data have no row (docs/floq.md, "Robust learning").
+    # The same networks where walls stand between places and the data have no row near most corners (docs/floq.md, "Robust
+    # learning"). It expects observations scaled to a standard deviation of 12.
     "pointmaze-medium-navigate/cpu": {
         "lr": 1e-3,
-        # With 0.3 the policy follows the critic to places without data, which it overvalues, and stays there. This
-        # keeps to the data, and makes a policy that needs four times as many steps as the shortest way.
-        "alpha": 1.0,
-        # A slow policy's values need a long horizon to differ from place to place.
-        "discount": 0.995,
-        # They come down from 0 in some 1 / (1 - discount) moves of the target.
+        # With 0.3 the policy goes wherever the critic says, also where that knows nothing. This keeps it to the data.
+        "alpha": 2.0,
+        # It makes the policy slow, and values of a slow policy differ from place to place only at a long horizon.
+        "discount": 0.998,
+        # Values come down from 0 in some 1 / (1 - discount) moves of the target: within half of the updates.
         "tau": 0.05,
         "noise_samples": 1,
-        # Walks of so small a field end about as far apart as they began, and one walk is one target: 0.03 is a noise
-        # of 4 on targets that tell good actions from bad by 1.
+        # A walk of this field ends about as far from others as it began, and one walk is one target: what it begins
+        # with is noise on targets, whose differences between good and bad actions are about 1.
         "noise_coverage": 0.003,
         "sigma": 3.0,
         "block_width": 64,
@@ -219,6 +219,7 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
     },
     "pointmaze-medium-navigate/cpu": {
         "steps": 12_000,
+        # At 4 as in the arena, values leak from one side of a wall to the other, and policies walk into the wall.
         "observation_scale": 12.0,
         "log_interval": 500,
         "eval_interval": 3_000,

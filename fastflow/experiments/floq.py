@@ -305,6 +305,7 @@ MEDIUM = Experiment(
         _arm("scale4", "observations scaled to 4", {"observation_scale": 4.0}, after="maze"),
         _arm("kappa0.03", "kappa 0.03", {"agent.noise_coverage": 0.03}, after="maze"),
         _arm("alpha0.3", "alpha 0.3", {"agent.alpha": 0.3}, after="maze"),
+        _arm("gamma0.995", "gamma 0.995, alpha 1", {"agent.discount": 0.995, "agent.alpha": 1.0}, after="maze"),
     ),
     sizes={
         "small": Size(

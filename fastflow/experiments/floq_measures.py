@@ -30,7 +30,7 @@ __all__ = ["critic", "maze", "recovery"]
 _EPISODES, _ENVS, _SEED = 20, 10, 77
 _ROWS = 2_000
 _STARTS = 32
-_PLACES, _DIRECTIONS, _NEAR, _GOAL = 400, 16, 0.5, 1.0
+_NEAR, _GOAL = 0.5, 1.0
 
 
 def critic(run: Run) -> dict[str, float]:
@@ -72,58 +72,33 @@ def _critic(run: Run, agent: Any, arguments: Mapping[str, Any], path: _Path) -> 
 
 
 def maze(run: Run) -> dict[str, float]:
-    """What `critic` returns, and where a policy in a point maze loses its way.
+    """What `critic` returns, and where a policy in a point maze gets lost.
 
     Returns:
-        Besides: `way.data`, at 400 states of the dataset, the share where the policy's mean action is within 60 degrees
-        of the way that the scripted policy takes to the goal; `way.critic` likewise of the direction, of 16, that the
-        distilled critic values most. `lost`: the share of the 20 episodes that do not reach the goal; `lost.rows`: how
-        many of 100,000 rows of the dataset are within 0.5 of where such an episode ends, and `lost.excess`: by how much
-        the distilled critic values the policy there above what the scripted policy would make of the place, each the
-        median over them, not a number if there are none.
+        Besides: `lost`, the share of the 20 episodes that do not reach the goal; `lost.rows`, how many of 100,000 rows
+        of the dataset are within 0.5 of where such an episode ends, and `lost.excess`, by how much the distilled critic
+        values the policy there above what the scripted policy makes of the place, each the median over them, not a
+        number if there are none.
     """
     agent, saved = load_agent(run, None, "cpu")
     path = _play(run, agent)
-    name, discount = run.config["env"], run.config["agent"]["discount"]
-    world = PointMaze(name.split("-")[1])
-    env: Any = make_env(name).unwrapped
-    env.reset(seed=_SEED)
-    goal = torch.tensor(env.cur_goal_xy, dtype=torch.float32)
-    env.close()
-    sources = {key: run.config[key] for key in ("dataset_dir", "dataset_path")}
-    states = load_dataset(name, **sources)[0].tensors["observations"]
-    generator = torch.Generator().manual_seed(_SEED)
-    some = states[torch.randint(len(states), (_PLACES,), generator=generator)]
-    some = some[(some - goal).norm(dim=1) > _GOAL]
-    angles = torch.arange(_DIRECTIONS) * (2 * torch.pi / _DIRECTIONS)
-    directions = torch.stack((angles.cos(), angles.sin()), 1)
-    best = _distilled(agent, *_pairs(some, directions)).view(-1, _DIRECTIONS).argmax(1)
-    taken = agent.act(some.repeat_interleave(_STARTS, 0), generator).view(len(some), _STARTS, 2).mean(1)
-    way = world.act(some, goal)
-    found = {
-        "way.data": _share_along(taken, way),
-        "way.critic": _share_along(directions[best], way),
-        "lost": len(path.lost) / _EPISODES,
-        "lost.rows": math.nan,
-        "lost.excess": math.nan,
-    }
+    found = {"lost": len(path.lost) / _EPISODES, "lost.rows": math.nan, "lost.excess": math.nan}
     if len(path.lost):
+        name = run.config["env"]
+        env: Any = make_env(name).unwrapped
+        env.reset(seed=_SEED)
+        goal = torch.tensor(env.cur_goal_xy, dtype=torch.float32)
+        env.close()
+        sources = {key: run.config[key] for key in ("dataset_dir", "dataset_path")}
+        states = load_dataset(name, **sources)[0].tensors["observations"]
         near = torch.stack([((states - place).norm(dim=1) <= _NEAR).sum() for place in path.lost])
-        rows = path.lost.repeat_interleave(_STARTS, 0)
-        value = _distilled(agent, rows, agent.act(rows, generator)).view(-1, _STARTS).mean(1)
         found["lost.rows"] = float((1e5 * near / len(states)).median())
-        found["lost.excess"] = float((value - _scripted(world, path.lost, goal, discount)).median())
+        rows = path.lost.repeat_interleave(_STARTS, 0)
+        actions = agent.act(rows, torch.Generator().manual_seed(_SEED))
+        value = _distilled(agent, rows, actions).view(-1, _STARTS).mean(1)
+        truth = _scripted(PointMaze(name.split("-")[1]), path.lost, goal, run.config["agent"]["discount"])
+        found["lost.excess"] = float((value - truth).median())
     return _critic(run, agent, saved.arguments, path) | found
-
-
-def _pairs(states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """Every state with every action, one behind the other."""
-    return states.repeat_interleave(len(actions), 0), actions.repeat(len(states), 1)
-
-
-def _share_along(actions: Tensor, way: Tensor) -> float:
-    """Share of actions within 60 degrees of the way."""
-    return float((torch.cosine_similarity(actions, way) >= 0.5).float().mean())
 
 
 def _scripted(world: PointMaze, state: Tensor, goal: Tensor, discount: float) -> Tensor:
