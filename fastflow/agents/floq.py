@@ -180,8 +180,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "actor_hidden_dims": (64, 64, 64),
         "lr_decay_steps": 15_000,
     },
-    # The same networks where walls stand between places and the data have no row near most corners (docs/floq.md, "Robust
-    # learning"). It expects observations scaled to a standard deviation of 12.
+    # The same networks where walls stand between places and the data have no row near most corners (docs/floq.md,
+    # "Robust learning"). It expects observations scaled to a standard deviation of 12.
     "pointmaze-medium-navigate/cpu": {
         "lr": 1e-3,
         # With 0.3 the policy goes wherever the critic says, also where that knows nothing. This keeps it to the data.

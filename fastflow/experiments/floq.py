@@ -293,8 +293,8 @@ FEATURE_NORM = Experiment(
     metrics=(_NORM, Metric("feature_norm", "feature norm"), _SUCCESS, _LAST),
 )
 
-# Data: fastflow collect pointmaze-medium-navigate-v0 --dataset-dir data --episodes 300. Every other arm takes one setting
-# of the preset back to that of the arena's.
+# Data: fastflow collect pointmaze-medium-navigate-v0 --dataset-dir data --episodes 300. Every other arm changes one
+# thing of the preset: three take a setting back to that of the arena, one looks less far ahead with as much of a tilt.
 MEDIUM = Experiment(
     name="floq-medium",
     title="floq on pointmaze-medium",
@@ -325,7 +325,7 @@ MEDIUM = Experiment(
         _SUCCESS,
         Metric("lost", "share lost of 20 episodes", "lower", compare="difference"),
         Metric("lost.rows", "data where it gets lost, of 100,000"),
-        Metric("lost.excess", "value there above the truth", compare="difference"),
+        Metric("lost.excess", "value there above the scripted policy's", compare="difference"),
         _VARIANCE,
     ),
     reference="cpu",
