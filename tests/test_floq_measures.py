@@ -15,6 +15,7 @@ from fastflow.errors import UserError
 from fastflow.experiments import floq_measures
 from fastflow.record import Run, load_agent
 from fastflow.train import default_settings, train
+from fastflow.worlds.pointmaze import PointMaze
 
 ENV = "pointmaze-arena-navigate-singletask-v0"
 
@@ -67,6 +68,24 @@ def test_critic(run, short):
     assert found["var_z"] > 0 and 0 <= found["curvature"] < 0.1
     assert found["feature_norm.growth"] == pytest.approx(1, abs=0.1)
     assert found["critic_feature_norm.growth"] == pytest.approx(1, abs=0.1)
+
+
+def test_maze(run, short):
+    found = floq_measures.maze(run)
+    assert floq_measures.critic(run).keys() < found.keys()
+    # 400 rows all over a room of 20 x 20: within 0.5 of a place there are 0.8 on average.
+    assert found["lost"] == 1 and 0 <= found["lost.rows"] < 2_000
+    # A fresh critic says about 0 everywhere, the scripted policy needs up to 200 steps.
+    assert 0 < found["lost.excess"] < 100
+
+
+def test_value_of_the_scripted_policy():
+    world = PointMaze("medium")
+    goal = torch.tensor([20.0, 20.0])
+    # At the goal, 3 away from its edge in a straight line, and in the corner behind it.
+    values = floq_measures._scripted(world, torch.tensor([[20.5, 20.0], [20.0, 16.0], [21.3, 21.3]]), goal, 0.9)
+    steps = torch.tensor([0.0, 15.0, 5.0])
+    torch.testing.assert_close(values, -(1 - 0.9**steps) / 0.1)
 
 
 def test_recovery(run, short, monkeypatch):

@@ -17,6 +17,7 @@ __all__ = [
     "BACKUP",
     "EMBEDDING",
     "FEATURE_NORM",
+    "MEDIUM",
     "NOISE_RANGE",
     "PLASTICITY",
     "RECOVERY",
@@ -306,6 +307,44 @@ FEATURE_NORM = Experiment(
     ),
     sizes=_sizes(("antmaze-giant-navigate", "humanoidmaze-medium-navigate")),
     metrics=(_NORM, Metric("feature_norm", "feature norm"), _SUCCESS, _LAST),
+)
+
+# Data: fastflow collect pointmaze-medium-navigate-v0 --dataset-dir data --episodes 300. Every other arm changes one
+# thing of the preset: three take a setting back to that of the arena, one looks less far ahead with as much of a tilt.
+MEDIUM = Experiment(
+    name="floq-medium",
+    title="floq on pointmaze-medium",
+    agent="floq",
+    question="Why does a small floq learn the medium maze and then lose it, and what keeps it?",
+    arms=(
+        _arm("cpu", "preset", after="maze"),
+        _arm("scale4", "observations scaled to 4", {"observation_scale": 4.0}, after="maze"),
+        _arm("kappa0.03", "kappa 0.03", {"agent.noise_coverage": 0.03}, after="maze"),
+        _arm("alpha0.3", "alpha 0.3", {"agent.alpha": 0.3}, after="maze"),
+        _arm("gamma0.995", "gamma 0.995, alpha 1", {"agent.discount": 0.995, "agent.alpha": 1.0}, after="maze"),
+    ),
+    sizes={
+        "small": Size(
+            {
+                "env": "pointmaze-medium-navigate-singletask-v0",
+                "preset": "pointmaze-medium-navigate/cpu",
+                "dataset_dir": "data",
+                "device": "cpu",
+            },
+            _SEEDS,
+            "2 CPU cores, 1 hour",
+        )
+    },
+    metrics=(
+        _LAST,
+        _LENGTH,
+        _SUCCESS,
+        Metric("lost", "share lost of 20 episodes", "lower", compare="difference"),
+        Metric("lost.rows", "data where it gets lost, of 100,000"),
+        Metric("lost.excess", "value there above the scripted policy's", compare="difference"),
+        _VARIANCE,
+    ),
+    reference="cpu",
 )
 
 _ONLINE = 1_500

@@ -8,6 +8,8 @@ the discounted return that followed.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,18 +17,20 @@ import torch
 from torch import Tensor
 
 from fastflow import agents, ops
-from fastflow.data import returns_to_go
+from fastflow.data import load_dataset, returns_to_go
 from fastflow.envs import make_env
 from fastflow.errors import UserError
 from fastflow.evaluate import Policy, Rollouts
 from fastflow.features import features
 from fastflow.record import Run, load_agent
+from fastflow.worlds.pointmaze import PointMaze
 
-__all__ = ["critic", "recovery"]
+__all__ = ["critic", "maze", "recovery"]
 
 _EPISODES, _ENVS, _SEED = 20, 10, 77
 _ROWS = 2_000
 _STARTS = 32
+_NEAR, _GOAL = 0.5, 1.0
 
 
 def critic(run: Run) -> dict[str, float]:
@@ -41,12 +45,15 @@ def critic(run: Run) -> dict[str, float]:
         the distilled critic.
     """
     agent, saved = load_agent(run, None, "cpu")
-    path = _play(run, agent)
+    return _critic(run, agent, saved.arguments, _play(run, agent))
+
+
+def _critic(run: Run, agent: Any, arguments: Mapping[str, Any], path: _Path) -> dict[str, float]:
     q, plain = _values(agent, path.observations, path.actions), _distilled(agent, path.observations, path.actions)
     rows = slice(None, None, max(len(path.returns) // 64, 1))
     observations, actions = path.observations[rows], path.actions[rows]
     walks = agent.flow_statistics(observations, actions, _starts(len(observations)))
-    fresh = agents.make(run.config["agent_name"], agent.config, **saved.arguments, device="cpu", seed=agent.seed)
+    fresh = agents.make(run.config["agent_name"], agent.config, **arguments, device="cpu", seed=agent.seed)
     norm = float(walks["flow/feature_norm"])
     fresh_norm = float(fresh.flow_statistics(observations, actions, _starts(len(observations)))["flow/feature_norm"])
     plain_norm, fresh_plain_norm = (_critic_feature_norm(a, observations, actions) for a in (agent, fresh))
@@ -62,6 +69,48 @@ def critic(run: Run) -> dict[str, float]:
         "critic_feature_norm": plain_norm,
         "critic_feature_norm.growth": plain_norm / fresh_plain_norm,
     }
+
+
+def maze(run: Run) -> dict[str, float]:
+    """What `critic` returns, and where a policy in a point maze gets lost.
+
+    Returns:
+        Besides: `lost`, the share of the 20 episodes that do not reach the goal; `lost.rows`, how many of 100,000 rows
+        of the dataset are within 0.5 of where such an episode ends, and `lost.excess`, by how much the distilled critic
+        values the policy there above what the scripted policy makes of the place, each the median over them, not a
+        number if there are none.
+    """
+    agent, saved = load_agent(run, None, "cpu")
+    path = _play(run, agent)
+    found = {"lost": len(path.lost) / _EPISODES, "lost.rows": math.nan, "lost.excess": math.nan}
+    if len(path.lost):
+        name = run.config["env"]
+        env: Any = make_env(name).unwrapped
+        env.reset(seed=_SEED)
+        goal = torch.tensor(env.cur_goal_xy, dtype=torch.float32)
+        env.close()
+        sources = {key: run.config[key] for key in ("dataset_dir", "dataset_path")}
+        states = load_dataset(name, **sources)[0].tensors["observations"]
+        near = torch.stack([((states - place).norm(dim=1) <= _NEAR).sum() for place in path.lost])
+        found["lost.rows"] = float((1e5 * near / len(states)).median())
+        rows = path.lost.repeat_interleave(_STARTS, 0)
+        actions = agent.act(rows, torch.Generator().manual_seed(_SEED))
+        value = _distilled(agent, rows, actions).view(-1, _STARTS).mean(1)
+        truth = _scripted(PointMaze(name.split("-")[1]), path.lost, goal, run.config["agent"]["discount"])
+        found["lost.excess"] = float((value - truth).median())
+    return _critic(run, agent, saved.arguments, path) | found
+
+
+def _scripted(world: PointMaze, state: Tensor, goal: Tensor, discount: float) -> Tensor:
+    """Values [N] of the scripted policy at states that it reaches the goal from."""
+    steps = torch.zeros(len(state))
+    for _ in range(world.horizon):
+        far = (state - goal).norm(dim=1) > _GOAL
+        if not far.any():
+            break
+        steps += far
+        state = torch.where(far[:, None], world.step(state, world.act(state, goal))[0], state)
+    return (discount**steps - 1) / (1 - discount)
 
 
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -100,13 +149,15 @@ def recovery(run: Run) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Path:
-    """What happened in some episodes: observations [N, O], actions [N, A], discounted returns [N]."""
+    """What happened in some episodes: observations [N, O], actions [N, A], discounted returns [N]; `lost`, the last
+    states [M, O] of those that were not solved."""
 
     observations: Tensor
     actions: Tensor
     returns: Tensor
     success: float
     length: float
+    lost: Tensor
 
 
 class _Recorder:
@@ -148,6 +199,7 @@ def _play(run: Run, policy: Policy) -> _Path:
         rollouts.close()
     assert episodes is not None
     columns: list[list[np.ndarray]] = [[], [], []]
+    lost = [row for recorder in recorders for row in (recorder.rows[end] for end in recorder.ends) if not row[3]]
     for recorder in recorders:
         seen, taken, rewards, terminated = (np.array(column) for column in zip(*recorder.rows, strict=True))
         ends = np.isin(np.arange(len(rewards)), recorder.ends)
@@ -157,7 +209,8 @@ def _play(run: Run, policy: Policy) -> _Path:
     observations, actions, returns = (torch.from_numpy(np.concatenate(column).astype(np.float32)) for column in columns)
     rows = torch.arange(0, len(returns), max(len(returns) // _ROWS, 1))
     metrics = episodes.metrics()
-    return _Path(observations[rows], actions[rows], returns[rows], metrics["success"], metrics["episode.length"])
+    last = torch.from_numpy(np.array([row[0] for row in lost], np.float32).reshape(len(lost), observations.shape[1]))
+    return _Path(observations[rows], actions[rows], returns[rows], metrics["success"], metrics["episode.length"], last)
 
 
 class _BestOf:
