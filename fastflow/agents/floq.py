@@ -184,7 +184,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # "Robust learning"). It expects observations scaled to a standard deviation of 12.
     "pointmaze-medium-navigate/cpu": {
         "lr": 1e-3,
-        # With 0.3 the policy goes wherever the critic says, also where that knows nothing. This keeps it to the data.
+        # The less, the more the policy goes wherever the critic says, also where that knows nothing.
         "alpha": 2.0,
         # It makes the policy slow, and values of a slow policy differ from place to place only at a long horizon.
         "discount": 0.998,
@@ -219,7 +219,8 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
     },
     "pointmaze-medium-navigate/cpu": {
         "steps": 12_000,
-        # At 4 as in the arena, values leak from one side of a wall to the other, and policies walk into the wall.
+        # A cell of the maze is 9 units wide then, so that values on the two sides of a wall have less to do with each
+        # other.
         "observation_scale": 12.0,
         "log_interval": 500,
         "eval_interval": 3_000,
