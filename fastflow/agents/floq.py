@@ -21,6 +21,9 @@ from torch import Tensor
 from fastflow import ops, reference
 from fastflow.agents.checks import check_config, check_widths
 from fastflow.agents.fql_actor import (
+    DEMO,
+    DEMO_LOOP,
+    DEMO_NAME,
     FqlActorAgent,
     FqlActorConfig,
     FqlActorNetworks,
@@ -160,45 +163,36 @@ _PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "puzzle-4x4-play": ({"alpha": 1000.0}, {"noise_coverage": 0.25}, {"noise_coverage": 0.25}),
 }
 
+# Small enough for one CPU core. It expects observations scaled to a standard deviation of 4.
+_DEMO: dict[str, Any] = {
+    **DEMO,
+    "noise_samples": 1,
+    "noise_coverage": 0.03,
+    "sigma": 3.0,
+    "block_width": 64,
+    "block_depth": 2,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     **{
         name + suffix: {**row[0], **row[i]}
         for name, row in _PUBLISHED.items()
         for i, suffix in ((0, ""), (1, "/best"), (2, "/online"))
     },
-    # Small enough for one CPU core. It expects observations scaled to a standard deviation of 4.
-    "pointmaze-arena-demo": {
-        "lr": 1e-3,
-        "alpha": 0.3,
-        "tau": 0.02,
-        "noise_samples": 1,
-        "noise_coverage": 0.03,
-        "sigma": 3.0,
-        "block_width": 64,
-        "block_depth": 2,
-        "value_hidden_dims": (64, 64, 64),
-        "actor_hidden_dims": (64, 64, 64),
-        "lr_decay_steps": 15_000,
-    },
+    DEMO_NAME: _DEMO,
     # The same networks where walls stand between places and the data have no row near most corners (docs/floq.md,
     # "Robust learning"). It expects observations scaled to a standard deviation of 12.
     "pointmaze-medium-navigate/cpu": {
-        "lr": 1e-3,
+        **_DEMO,
         # The less, the more the policy goes wherever the critic says, also where that knows nothing.
         "alpha": 2.0,
         # It makes the policy slow, and values of a slow policy differ from place to place only at a long horizon.
         "discount": 0.998,
         # Values come down from 0 in some 1 / (1 - discount) moves of the target.
         "tau": 0.05,
-        "noise_samples": 1,
         # A walk of this field ends about as far from others as it began, and one walk is one target: what it begins
         # with is noise on targets, whose differences between good and bad actions are about 1.
         "noise_coverage": 0.003,
-        "sigma": 3.0,
-        "block_width": 64,
-        "block_depth": 2,
-        "value_hidden_dims": (64, 64, 64),
-        "actor_hidden_dims": (64, 64, 64),
         "lr_decay_steps": 12_000,
     },
 }
@@ -209,23 +203,13 @@ fine-tuning."""
 LOOP_PRESETS: dict[str, dict[str, Any]] = {
     **{f"{name}/online": {"steps": 1_000_000, "online_steps": 2_000_000} for name in _PUBLISHED},
     # Minutes on one CPU core.
-    "pointmaze-arena-demo": {
-        "steps": 15_000,
-        "observation_scale": 4.0,
-        "log_interval": 500,
-        "eval_interval": 3_000,
-        "save_interval": 3_000,
-        "threads": 1,
-    },
+    DEMO_NAME: DEMO_LOOP,
     "pointmaze-medium-navigate/cpu": {
+        **DEMO_LOOP,
         "steps": 12_000,
         # A cell of the maze is 9 units wide then, so that values on the two sides of a wall have less to do with each
         # other.
         "observation_scale": 12.0,
-        "log_interval": 500,
-        "eval_interval": 3_000,
-        "save_interval": 3_000,
-        "threads": 1,
     },
 }
 """Defaults of the training loop that go with a preset; its general ones go with the published presets."""
