@@ -540,6 +540,37 @@ def loss_bwd(
     return [d_a, d_b, *_finished(gradients, cond, parameters)]
 
 
+def matching(
+    x_0: Tensor,
+    x_1: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    parameters: Sequence[Tensor],
+    spec: FieldSpec,
+    precision: str,
+    error: int,
+    scale: float,
+    gradients: Sequence[Tensor],
+) -> Tensor:
+    """The mean flow-matching loss of rows that all members share, 0-d, and `scale` times its gradients, in one pass.
+
+    Args:
+        x_0: [B, S, D]. x_1: [B, S, D], or [B, D] for all samples. t: [B, S]. cond: [B, C].
+        parameters, spec: of a field without FiLM and layers for time. precision: a concrete one.
+        error: what of, its place in `fastflow.ops.ERRORS`.
+        gradients: where those of the parameters go, in their order; contiguous.
+    """
+    x_0, x_1, t = x_0.contiguous(), x_1.contiguous(), t.contiguous()
+    features = spec.time_embedding.features(t.view(1, 1, -1))  # [1, 1, M, T]
+    rows = (spec.ensemble or 1, *x_0.shape)
+    call = _Call(spec, cond.unsqueeze(0), parameters, precision, features, False, rows)
+    mean = x_0.new_empty(())
+    sharing = x_0.shape[1] if x_1.dim() < x_0.dim() else 1
+    tensors = (x_0, x_1, t, mean, None, *call.layout.ordered(gradients))
+    call.run("matching", 1, (1, sharing, error), (0.0, scale), tensors)
+    return mean
+
+
 # Policies -----------------------------------------------------------------------------------------------------------
 
 STATISTICS = 6

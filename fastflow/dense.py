@@ -78,12 +78,13 @@ def backward(
     kind: Kind,
     needs_x: bool,
     needs_weights: bool,
+    gradients: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """(d_x, shaped as x, or None; gradients of all parameters or [])."""
+    """(d_x, shaped as x, or None; gradients of all parameters or []): in `gradients`, where that is given."""
     x = x.contiguous()
     d_x = x.new_empty(members, *x.shape[1:]) if needs_x else None
     weights = [p.contiguous() for p in parameters]
-    grads = [torch.empty_like(p) for p in weights] if needs_weights else []
+    grads = [torch.empty_like(p) for p in weights] if needs_weights and gradients is None else [*(gradients or ())]
     if not grad.numel():
         return None if d_x is None else torch.zeros_like(x), [g.zero_() for g in grads]
     tensors = (x, None, None, *weights, grad.contiguous(), kept if kept.numel() else None, d_x, None, *grads)
@@ -151,7 +152,8 @@ def _dense_stack_bwd(
 ) -> list[Tensor]:
     """[d_x, *d_parameters]; a tensor without elements for what `needs` (x, parameters) does not ask for."""
     kind = _kind(x, parameters, activation, norm, eps, precision)
-    d_x, grads = backward(grad, x, parameters, kept, _members(parameters), kind, *needs)
+    needs_x, needs_weights = needs
+    d_x, grads = backward(grad, x, parameters, kept, _members(parameters), kind, needs_x, needs_weights)
     return [x.new_empty(0) if d_x is None else d_x, *(grads or [p.new_empty(0) for p in parameters])]
 
 
@@ -247,6 +249,16 @@ def _covered(x: Tensor, parameters: Sequence[Tensor]) -> bool:
     return cpu.why_unavailable() is None
 
 
+# Gradients without autograd -------------------------------------------------------------------------------------------
+
+
+class Regression(NamedTuple):
+    """What `regression` returns: the mean squared error, 0-d, and the results [M, out], or [E, M, out] of members."""
+
+    loss: Tensor
+    y: Tensor
+
+
 def regression(
     x: Tensor,
     parameters: Sequence[Tensor],
@@ -257,30 +269,91 @@ def regression(
     scale: float,
     gradients: Sequence[Tensor],
     eps: float = 1e-6,
-) -> Tensor | None:
-    """The mean squared error of a network and `scale` times its gradients in one pass, which holds a block's
-    activations for its way back; None, and nothing done, where native code does not cover the call.
+) -> Regression | None:
+    """The mean squared error of a network, over all members, and `scale` times its gradients in one pass, which holds a
+    block's activations for its way back; None, and nothing done, where native code does not cover the call.
 
     Args:
         x, target: [M, in] and [M, out], neither with a gradient of its own.
-        parameters, activation, norm, precision, eps: as for `dense_stack`, without members.
+        parameters, activation, norm, precision, eps: as for `dense_stack`.
         gradients: where those of the parameters go, in their order; contiguous.
     """
-    watched = torch.compiler.is_compiling() or not operators.unwatched() or torch.is_autocast_enabled("cpu")
-    if watched or not torch.is_grad_enabled() or not _covered(x, parameters):
+    if not _covered_directly((x, target), parameters) or len(x) != len(target):
         return None
-    given = (x, target, *parameters)
-    if any(type(t) not in operators.ORDINARY or t.dtype != torch.float32 or not t.is_cpu for t in given):
-        return None
-    plain = x.dim() == target.dim() == parameters[0].dim() == 2 and len(x) == len(target) > 0
-    if not plain or x.requires_grad or target.requires_grad:
-        return None
-    kind = _kind(x, parameters, activation, norm is not None, eps, precision or "fp32")
+    kind, members = _kind(x, parameters, activation, norm is not None, eps, precision or "fp32"), _members(parameters)
     if target.shape[1] != kind.widths[-1]:
         return None
-    y, mean = torch.empty_like(target, memory_format=torch.contiguous_format), target.new_empty(())
-    weights = [p.contiguous() for p in parameters]
-    inputs = (x.contiguous(), None, None, *weights, target.contiguous())
-    ints = _ints(x.unsqueeze(0), 1)
+    y, mean = target.new_empty(members, *target.shape), target.new_empty(())
+    inputs = (x.contiguous(), None, None, *(p.contiguous() for p in parameters), target.contiguous())
+    ints = _ints(x.unsqueeze(0), members)
     cpu.call("regression", _description(kind), ints, (scale,), (*inputs, y, mean, None, *gradients))
-    return mean
+    return Regression(mean, y if parameters[0].dim() == 3 else y[0])
+
+
+def slope(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    activation: str,
+    norm: str | None,
+    precision: str | None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor] | None:
+    """A network's results [E, M, out] and the gradient of each member's sum by the input, [E, M, in], in one pass; E is
+    1 without members. None, and nothing done, where native code does not cover the call; arguments as for
+    `regression`."""
+    if not _covered_directly((x,), parameters):
+        return None
+    kind, members = _kind(x, parameters, activation, norm is not None, eps, precision or "fp32"), _members(parameters)
+    y, d_x = x.new_empty(members, len(x), kind.widths[-1]), x.new_empty(members, *x.shape)
+    tensors = (x.contiguous(), None, None, *(p.contiguous() for p in parameters), y, d_x)
+    cpu.call("slope", _description(kind), _ints(x.unsqueeze(0), members), (), tensors)
+    return y, d_x
+
+
+class Pass(NamedTuple):
+    """What `forward_pass` returns.
+
+    Attributes:
+        y: the results, [M, out].
+        x, parameters, kept, kind: what the way back reads.
+    """
+
+    y: Tensor
+    x: Tensor
+    parameters: Sequence[Tensor]
+    kept: Tensor
+    kind: Kind
+
+    def back(self, grad: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Leaves the parameters' gradients in `gradients`, contiguous and in their order, for that of y [M, out]."""
+        backward(grad, self.x, self.parameters, self.kept, 1, self.kind, False, True, gradients)
+
+
+def forward_pass(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    activation: str,
+    norm: str | None,
+    precision: str | None,
+    eps: float = 1e-6,
+) -> Pass | None:
+    """A network without members on x [M, in], whose way back is a call of its own and not autograd's. None, and nothing
+    done, where native code does not cover the call; arguments as for `regression`."""
+    if not _covered_directly((x,), parameters) or parameters[0].dim() != 2:
+        return None
+    kind, rows = _kind(x, parameters, activation, norm is not None, eps, precision or "fp32"), x.unsqueeze(0)
+    y, kept = forward(rows, parameters, 1, kind, True)
+    return Pass(y[0], rows, parameters, kept, kind)
+
+
+def _covered_directly(inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+    """Whether native code may compute gradients of a network's parameters on inputs [M, ...], M > 0, that want none
+    themselves: nobody looks at operators, and all tensors are ordinary ones."""
+    watched = torch.compiler.is_compiling() or not operators.unwatched() or torch.is_autocast_enabled("cpu")
+    if watched or not torch.is_grad_enabled() or not _covered(inputs[0], parameters):
+        return False
+    if any(
+        type(t) not in operators.ORDINARY or t.dtype != torch.float32 or not t.is_cpu for t in (*inputs, *parameters)
+    ):
+        return False
+    return all(x.dim() == 2 and len(x) > 0 and not x.requires_grad for x in inputs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import ops, reference
-from fastflow.dense import dense_stack, regression
+from fastflow.dense import Pass, Regression, dense_stack, forward_pass, regression, slope
 from fastflow.fields import (
     MLP,
     Architecture,
@@ -553,8 +553,11 @@ class _Plain(nn.Module):
             return reference.dense_stack(
                 x, parameters, self.activation, self.norm, precision=self.precision, wiring=self._wiring
             )
-        native = (ops.DEFAULT_BACKEND if self.backend is None else self.backend) != "reference"
-        return dense_stack(x, parameters, self.activation, self.norm, precision=self.precision, native=native)
+        return dense_stack(x, parameters, self.activation, self.norm, precision=self.precision, native=self._native)
+
+    @property
+    def _native(self) -> bool:
+        return (ops.DEFAULT_BACKEND if self.backend is None else self.backend) != "reference"
 
 
 class OneStepPolicy(_Plain):
@@ -609,6 +612,13 @@ class OneStepPolicy(_Plain):
         out = self._dense(x, self.network.parameter_list())
         return (out if raw else _clip(out, self.clip)).reshape(*lead, self.action_dim)
 
+    def _pass(self, obs: Tensor, noise: Tensor) -> Pass | None:
+        """`dense.forward_pass` of actions, not clipped, for obs [M, O] and noise [M, A], for agents."""
+        if not self._native:
+            return None
+        options = (self.activation, self.norm, self.precision)
+        return forward_pass(torch.cat((obs, noise), -1), self.network.parameter_list(), *options)
+
 
 class ValueNetwork(_Plain):
     """A plain (monolithic) critic, [obs, action] -> value: floq's distilled critic, FQL's critic.
@@ -662,13 +672,26 @@ class ValueNetwork(_Plain):
         out = self._dense(x, parameters)
         return out.reshape(*out.shape[:-2], *lead, 1)
 
-    def _regression(self, obs: Tensor, target: Tensor, scale: float, gradients: Sequence[Tensor]) -> Tensor | None:
-        """`dense.regression` of values of obs [M, O] on target [M]; `gradients` as `network.parameter_list()`."""
-        native = (ops.DEFAULT_BACKEND if self.backend is None else self.backend) != "reference"
-        if not native or self._wiring is not None or self.ensemble is not None:
+    # Gradients without autograd, for agents; None where native code does not cover the call. obs [M, O], action [M, A].
+
+    def _regression(
+        self, obs: Tensor, action: Tensor | None, target: Tensor, scale: float, gradients: Sequence[Tensor]
+    ) -> Regression | None:
+        """`dense.regression` of values on target [M], for all members; `gradients` as `network.parameter_list()`."""
+        if not self._native or self._wiring is not None:
             return None
-        parameters, options = self.network.parameter_list(), (self.activation, self.norm, self.precision)
-        return regression(obs, parameters, target.unsqueeze(1), *options, scale, gradients)
+        options = (self.activation, self.norm, self.precision)
+        x, parameters = _rows(self, obs, action)[0], self.network.parameter_list()
+        return regression(x, parameters, target.unsqueeze(1), *options, scale, gradients)
+
+    def _slope(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Values [E, M, 1], E = 1 without members, and the gradient of their sum by the action, [M, A]."""
+        if not self._native or self._wiring is not None:
+            return None
+        found = slope(
+            _rows(self, obs, action)[0], self.network.parameter_list(), self.activation, self.norm, self.precision
+        )
+        return None if found is None else (found[0], found[1][..., self.obs_dim :].sum(0))
 
 
 def value_ranges(

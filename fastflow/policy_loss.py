@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastflow import cpu, operators, ops
 from fastflow.fields import VelocityField
+from fastflow.matching_gradients import covers, ordinary
 from fastflow.philox import PhiloxNoise
 from fastflow.surrogate import Negative, Ratio, flow_log_ratio, surrogate
 
@@ -241,17 +242,9 @@ def _covered(
 ) -> bool:
     """Whether `policy_gradients` can run: plain tensors that are laid out as it says, on the CPU, of which the field's
     parameters alone want a gradient, and nobody who looks at operators."""
-    if torch.compiler.is_compiling() or not (
-        torch.is_grad_enabled() and old.is_cpu and isinstance(field, VelocityField)
-    ):
+    if not old.is_cpu or not covers(field, backend) or field.spec.ensemble is not None:
         return False
-    spec, backend = field.spec, ops.DEFAULT_BACKEND if backend is None else backend
-    if spec.ensemble is not None or spec.film or spec.time_sizes or not spec.cond_dim:
-        return False
-    if backend not in ops.BACKENDS or not ops.runs_native(backend) or torch.is_autocast_enabled("cpu"):
-        return False
-    if not operators.unwatched() or operators.inside_transform() or cpu.unsupported(torch.float32):
-        return False
+    spec = field.spec
     rows, pairs = old.shape
     if not rows or not 1 <= pairs <= MOST_PAIRS:
         return False
@@ -268,14 +261,7 @@ def _covered(
         expected.append((x_0, (rows, pairs, spec.state_dim)))
     if t is not None or not isinstance(x_0, PhiloxNoise):
         expected.append((t, (rows, pairs)))
-    for x, shape in expected:
-        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or x.requires_grad or x.shape != shape:
-            return False
-    parameters = field.parameter_list()
-    for p in parameters:
-        if type(p) not in operators.ORDINARY or p.dtype is not torch.float32 or not p.is_cpu:
-            return False
-    return any(p.requires_grad for p in parameters)
+    return ordinary(expected) and any(p.requires_grad for p in field.parameter_list())
 
 
 def pair_losses(

@@ -72,39 +72,87 @@ def test_wide_layers_keep_their_products(rows):
     assert_pass_as_accurate(found, eager, exact, "fp32")
 
 
-@needs_native
-@pytest.mark.parametrize("rows", [1, 3, 97, 1100])
-@pytest.mark.parametrize("norm", [None, "layer"])
-@pytest.mark.parametrize(
-    ("sizes", "activation"),
-    [((5, 16, 1), "silu"), ((7, 130, 160, 6), "elu"), ((3, 8, 9, 2), "relu"), ((4, 400, 390, 395, 1), "tanh")],
-)
-def test_a_regression_in_one_pass_errs_no_more_than_pytorch(rows, norm, sizes, activation):
-    stack = network(sizes, None, norm)
+in_one_pass = [
+    pytest.mark.parametrize("rows", [1, 3, 97, 1100]),
+    pytest.mark.parametrize("ensemble", [None, 3]),
+    pytest.mark.parametrize("norm", [None, "layer"]),
+    pytest.mark.parametrize(
+        ("sizes", "activation"),
+        [((5, 16, 1), "silu"), ((7, 130, 160, 6), "elu"), ((3, 8, 9, 2), "relu"), ((4, 400, 390, 395, 1), "tanh")],
+    ),
+]
+
+
+def every_case(test):
+    for mark in in_one_pass:
+        test = mark(test)
+    return needs_native(test)
+
+
+def assert_within(found, eager, truth, floor):
+    """The error of `found` is at most twice that of `eager`, over all tensors; of few numbers either may be lucky."""
+    found, eager, truth = (torch.cat([x.detach().double().flatten() for x in xs]) for xs in (found, eager, truth))
+    error, other = ((x - truth).square().mean().sqrt() for x in (found, eager))
+    assert error <= 2 * other + floor * truth.square().mean().sqrt()
+
+
+@every_case
+def test_a_regression_in_one_pass_errs_no_more_than_pytorch(rows, norm, sizes, activation, ensemble):
+    stack = network(sizes, ensemble, norm)
     source = torch.Generator().manual_seed(1)
     x, target = (torch.randn(rows, width, generator=source) for width in (sizes[0], sizes[-1]))
     parameters = [p.detach().requires_grad_() for p in stack.parameter_list()]
 
     def plain(dtype):
         own = [p.detach().to(dtype).requires_grad_() for p in parameters]
-        y = reference.dense_stack(x.to(dtype), own, activation, norm)
+        rows = x.to(dtype) if ensemble is None else x.to(dtype).expand(ensemble, *x.shape)
+        y = reference.dense_stack(rows, own, activation, norm)
         loss = (y - target.to(dtype)).square().mean()
-        return loss.detach().double(), torch.cat([g.double().flatten() for g in torch.autograd.grad(0.5 * loss, own)])
+        return loss, y, torch.autograd.grad(0.5 * loss, own)
 
     found = [torch.full_like(p, torch.nan) for p in parameters]
-    loss = dense.regression(x, parameters, target, activation, norm, None, 0.5, found)
-    (truth, exact), (theirs, eager) = plain(torch.float64), plain(torch.float32)
-    mine = torch.cat([g.double().flatten() for g in found])
-    assert loss.shape == () and not loss.requires_grad
-    # Of few numbers, on which all gradients hang, either may be lucky.
+    loss, y = dense.regression(x, parameters, target, activation, norm, None, 0.5, found)
+    exact, eager = plain(torch.float64), plain(torch.float32)
+    assert loss.shape == () and y.shape == exact[1].shape and not (loss.requires_grad or y.requires_grad)
     floor = 3e-7 if target.numel() > 90 else 5e-6
-    assert abs(loss.double() - truth) <= 2 * abs(theirs - truth) + floor * truth
-    error, other = ((g - exact).square().mean().sqrt() for g in (mine, eager))
-    assert error <= 2 * other + floor * exact.square().mean().sqrt()
+    for mine, theirs, truth in zip(([loss], [y], found), ([eager[0]], [eager[1]], eager[2]), exact, strict=True):
+        assert_within(mine, theirs, truth if isinstance(truth, tuple) else [truth], floor)
+
+
+@every_case
+def test_slopes_in_one_pass_err_no_more_than_pytorch(rows, norm, sizes, activation, ensemble):
+    stack = network(sizes, ensemble, norm)
+    x = torch.randn(rows, sizes[0], generator=torch.Generator().manual_seed(1))
+
+    def plain(dtype):
+        own = x.to(dtype).expand(ensemble or 1, *x.shape).clone().requires_grad_()
+        parameters = [p.detach().to(dtype) for p in stack.parameter_list()]
+        y = reference.dense_stack(own if ensemble else own[0], parameters, activation, norm)
+        return y.view(ensemble or 1, rows, -1), torch.autograd.grad(y.sum(), own)[0]
+
+    found = dense.slope(x, stack.parameter_list(), activation, norm, None)
+    for mine, theirs, truth in zip(found, plain(torch.float32), plain(torch.float64), strict=True):
+        assert mine.shape == truth.shape and not mine.requires_grad
+        assert_within([mine], [theirs], [truth], 3e-7 if rows * sizes[-1] > 90 else 5e-6)
 
 
 @needs_native
-def test_a_regression_that_is_not_covered_is_left_alone():
+@pytest.mark.parametrize("rows", [1, 97, 1100])
+@pytest.mark.parametrize("sizes", [(5, 16, 1), (7, 130, 160, 6)])
+def test_a_pass_goes_back_as_autograd_does(rows, sizes):
+    stack = network(sizes, None, "layer")
+    x, grad = torch.randn(rows, sizes[0]), torch.randn(rows, sizes[-1])
+    y = dense.dense_stack(x, stack.parameter_list(), "silu", "layer")
+    expected = torch.autograd.grad(y, stack.parameter_list(), grad)
+    there = dense.forward_pass(x, stack.parameter_list(), "silu", "layer", None)
+    found = [torch.full_like(p, torch.nan) for p in stack.parameter_list()]
+    there.back(grad, found)
+    assert torch.equal(there.y, y) and not there.y.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_native
+def test_what_is_not_covered_is_left_alone():
     stack = network((5, 8, 1), None, None)
     parameters = list(stack.parameters())
     x, target = torch.randn(4, 5), torch.randn(4, 1)
@@ -120,8 +168,11 @@ def test_a_regression_that_is_not_covered_is_left_alone():
         assert left()
     with torch.autocast("cpu", torch.bfloat16):
         assert left()
+    for call in (dense.slope, dense.forward_pass):
+        for inputs in (x.double(), x[:0], x[None], x.clone().requires_grad_()):
+            assert call(inputs, parameters, "silu", None, None) is None
     members = network((5, 8, 1), 2, None)
-    assert left(parameters=list(members.parameters()))
+    assert dense.forward_pass(x, list(members.parameters()), "silu", None, None) is None
     assert not any(g.any() for g in found)
     assert not left()
 

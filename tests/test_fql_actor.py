@@ -10,7 +10,10 @@ from fql_statement import SMALL, A, O, disturb, equal_states, random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastflow import agents
+from fastflow.agents.checks import ready_moments
+from fastflow.agents.descent import Descent
 from fastflow.flops import SIZES
+from fastflow.kernels import cpu
 
 # Every agent of the offline task, whatever will be added.
 NAMES = [name for name, entry in agents.NAMES.items() if entry.task == ("fastflow.offline", "OfflineTask")]
@@ -96,6 +99,70 @@ def test_each_network_gets_its_gradient_from_one_loss(name):
     for child, found in reached.items():
         target, actor = child.startswith("target_"), child.startswith("actor_")
         assert found == [not target and not actor, actor], child
+
+
+needs_native = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"no native code: {cpu.why_unavailable()}")
+
+
+@needs_native
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("settings", [{}, {"normalize_q_loss": True, "q_agg": "min", "actor_layer_norm": True}])
+def test_an_update_has_the_gradients_of_its_losses(name, settings):
+    """What native code differentiates along with the losses, against autograd through plain PyTorch in float64."""
+    agents_ = [make(name, dtype=dtype, backend=backend, **settings) for dtype, backend in VERSIONS]
+    disturb(agents_[0])
+    for agent in agents_[1:]:
+        agent.networks.load_state_dict(agents_[0].networks.state_dict())
+    batch = random_batch(rows=200)
+    noise = agents_[0].sample_noise(batch)
+    found = []
+    for agent in agents_:
+        given = [{key: x.to(agent.dtype) for key, x in some.items() if x is not None} for some in (batch, vars(noise))]
+        losses = agent._losses(given[0], type(noise)(**given[1]), direct=agent is agents_[0])
+        if agent is agents_[0]:
+            assert not losses[1].requires_grad  # the actor's are known
+            assert losses[0].requires_grad == (name in ("fql-iqn", "value-flows"))
+        loss = losses[0] + losses[1]
+        if loss.requires_grad:
+            loss.backward()
+        grads = {key: p.grad.double() for key, p in agent.networks.trained().items()}
+        found.append((grads, {key: value.double() for key, value in losses[2].items()}))
+    (mine, told), (eager, _), (exact, expected) = found
+    for network in agents_[0].networks.stacks():
+        names = [key for key in exact if key.startswith(f"{network}.")]
+        a, b, truth = (torch.cat([grads[key].flatten() for key in names]) for grads in (mine, eager, exact))
+        error, other, scale = ((x - truth).norm() if x is not truth else truth.norm() for x in (a, b, truth))
+        assert error <= 2 * other + 5e-7 * scale, f"{network}: {error / scale:.2e} against {other / scale:.2e}"
+    for key, value in expected.items():
+        torch.testing.assert_close(told[key], value, rtol=1e-5, atol=1e-5, msg=key)
+
+
+# Native code, eager PyTorch and the truth.
+VERSIONS = [(torch.float32, "auto"), (torch.float32, "reference"), (torch.float64, "reference")]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_descent_is_the_optimizers_step(kind):
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(n, 3)) for n in (4, 1, 7)] for _ in range(2))
+    optimizers = []
+    for parameters in (ours, theirs):
+        optimizers.append(kind([{"params": parameters[:2]}, {"params": parameters[2:], "lr": 1e-2}], fused=True))
+        ready_moments(optimizers[-1], torch.device("cpu"))
+    descent = Descent(optimizers[0])
+    for i in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine) if i != 2 or len(mine) > 1 else None  # one that no loss reaches
+            other.grad = mine.grad
+        if i == 3:  # another state
+            optimizers[0].load_state_dict(optimizers[0].state_dict())
+            optimizers[0].param_groups[0]["weight_decay"] = optimizers[1].param_groups[0]["weight_decay"] = 0.1
+        descent.step()
+        optimizers[1].step()
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+            for key, value in optimizers[1].state[other].items():
+                assert torch.equal(optimizers[0].state[mine][key], value), key
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -127,14 +127,18 @@ def copy_state(agent: Any, tensors: Mapping[str, Tensor], given: Mapping[str, Te
 
 
 def ready_moments(optimizer: torch.optim.Adam, device: torch.device) -> None:
-    """Makes what Adam would make at its first step, so that every state of an agent has the same tensors."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    """Makes what Adam would make at its first step, so that every state of an agent has the same tensors.
+
+    All step counts lie side by side, so that one operation counts them all (`fastflow.agents.descent`).
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    counts = torch.zeros(len(parameters), dtype=torch.float32, device=device)
+    for parameter, count in zip(parameters, counts.unbind(), strict=True):
+        optimizer.state[parameter] = {
+            "step": count,
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
 
 
 def _some(names: list[str]) -> str:

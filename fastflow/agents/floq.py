@@ -35,6 +35,7 @@ from fastflow.agents.fql_actor import (
 from fastflow.features import feature_norm
 from fastflow.fields import MLP, Cosine, CosineFourier, RawTime, ResidualMLP, Scaled, TimeEmbedding
 from fastflow.flops import forward_flops, input_gradient_flops, training_flops
+from fastflow.matching_gradients import matching_gradients
 from fastflow.modules import FlowCritic, ValueNetwork, value_ranges
 
 __all__ = ["PRESETS", "FloqAgent", "FloqConfig", "FloqNetworks", "FloqNoise", "flops", "preset_for", "reward_range"]
@@ -377,20 +378,17 @@ class FloqAgent(FqlActorAgent):
         )
 
     def _critic_loss(
-        self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: FloqNoise
+        self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: FloqNoise, direct: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config, floq = self.config, self.networks.floq
         actions = batch["actions"]
         with torch.no_grad():
             target_q, q = self._walk(obs, batch, next_obs, noise)  # [E, B, S] each
             target = self._target_values(target_q, batch, noise)
             # Always the mean, also where the target takes the minimum.
             value = q.mean((0, 2))
-        time = torch.zeros_like(noise.time) if config.train_at_zero_only else noise.time
-        # The same start as the walk that gave `value`. The published loss is a sum over noise samples.
-        error = config.prediction
-        floq_loss = config.noise_samples * floq.loss(obs, actions, target, noise.start, time, error=error)
-        distill_loss = (self.networks.critic(obs, actions).squeeze(-1) - value).square().mean()
+        # The published loss is a sum over noise samples.
+        floq_loss = self.config.noise_samples * self._floq_loss(obs, actions, target, noise, direct)
+        distill_loss = self._fit_critic(obs, actions, value, direct)[0]
         critic_loss = floq_loss + distill_loss
         # What the others follow from comes first: where training stops because a number is not finite, the first such
         # metric is named.
@@ -406,6 +404,21 @@ class FloqAgent(FqlActorAgent):
             "distill_loss": distill_loss,
             "critic_loss": critic_loss,
         }
+
+    def _floq_loss(self, obs: Tensor, actions: Tensor, target: Tensor, noise: FloqNoise, direct: bool) -> Tensor:
+        """The mean loss of a walk, from the same start as the walk that gave its value; see `_losses` for `direct`."""
+        floq, error = self.networks.floq, self.config.prediction
+        time = torch.zeros_like(noise.time) if self.config.train_at_zero_only else noise.time
+        if direct:
+            known = self._known["floq"]
+            rows = (floq.start(noise.start).unsqueeze(-1), target.unsqueeze(-1), time, torch.cat((obs, actions), -1))
+            options = {"error": error, "backend": floq.backend, "precision": floq.precision}
+            scale = float(self.config.noise_samples)
+            loss = matching_gradients(floq.field, *rows, scale=scale, gradients=known.parts, **options)
+            if loss is not None:
+                known.attach()
+                return loss
+        return floq.loss(obs, actions, target, noise.start, time, error=error)
 
     def _target_values(self, target_q: Tensor, batch: Mapping[str, Tensor], noise: FloqNoise) -> Tensor:
         """What the critic learns, from the target field's values [E, B, S]: [B], or [B, S] with a distributional

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.agents.checks import check_config
+from fastflow.agents.descent import FlatGradients
 from fastflow.agents.flow import FlowConfig, flow_policy
-from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, FlatGradients, OnPolicyAgent
+from fastflow.agents.on_policy import PLAYGROUND, ActorLoss, OnPolicyAgent
 from fastflow.fields import VelocityField
 from fastflow.modules import FlowPolicy, FrozenFlowPolicy
 from fastflow.philox import PhiloxNoise

@@ -177,7 +177,7 @@ class FqlAgent(FqlActorAgent):
         return FqlNoise(bc_noise=bc_noise, bc_time=bc_time, action=action, next_action=next_action)
 
     def _critic_loss(
-        self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: FqlNoise
+        self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: FqlNoise, direct: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, networks = self.config, self.networks
         with torch.no_grad():
@@ -185,8 +185,7 @@ class FqlAgent(FqlActorAgent):
             next_q = networks.target_critic(next_obs, next_action).squeeze(-1)  # [E, B]
             next_q = next_q.amin(0) if config.q_agg == "min" else next_q.mean(0)
             target = batch["rewards"] + config.discount * batch["masks"] * next_q
-        q = networks.critic(obs, batch["actions"]).squeeze(-1)
-        critic_loss = (q - target).square().mean()
+        critic_loss, q = self._fit_critic(obs, batch["actions"], target, direct)
         # What others follow from comes first: of numbers that are not finite, training names the first.
         return critic_loss, {
             "target_mean": target.mean(),

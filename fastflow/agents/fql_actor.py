@@ -18,15 +18,17 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, copy_state, ready_moments
+from fastflow.agents.descent import Descent, FlatGradients
 from fastflow.fields import DenseStack
 from fastflow.flops import forward_flops, training_flops
+from fastflow.matching_gradients import matching_gradients
 from fastflow.modules import FlowPolicy, OneStepPolicy
 
 __all__ = [
@@ -235,6 +237,11 @@ class FqlActorNetworks(nn.Module):
         networks = dict(self.named_children())
         return [(networks[f"target_{name}"], net) for name, net in networks.items() if f"target_{name}" in networks]
 
+    def stacks(self) -> dict[str, DenseStack]:
+        """By name of the network, what each that is trained consists of."""
+        found = {name: net.field if hasattr(net, "field") else net.network for name, net in self.named_children()}
+        return {name: cast(DenseStack, stack) for name, stack in found.items() if not name.startswith("target_")}
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Names and parameters of all networks but the targets, which only follow."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("target_")}
@@ -308,6 +315,8 @@ class FqlActorAgent(abc.ABC):
             self._trained.values(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=_can_fuse(self.device)
         )
         ready_moments(self.optimizer, self.device)
+        self._descent = Descent(self.optimizer)
+        self._known = {name: FlatGradients(stack.parameter_list()) for name, stack in self.networks.stacks().items()}
 
     def _statistics(self, statistics: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
         if statistics is None:
@@ -340,9 +349,22 @@ class FqlActorAgent(abc.ABC):
 
     @abc.abstractmethod
     def _critic_loss(
-        self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: Any
+        self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: Any, direct: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critics' loss, 0-d, and metrics; obs and next_obs are normalised."""
+        """The critics' loss, 0-d, and metrics; obs and next_obs are normalised. `direct`: see `_losses`."""
+
+    def _fit_critic(self, obs: Tensor, action: Tensor, target: Tensor, direct: bool) -> tuple[Tensor, Tensor]:
+        """The plain critic's mean squared distance from target [B], 0-d, and its values [E, B]; see `_losses` for
+        `direct`."""
+        critic = self.networks.critic
+        if direct:
+            known = self._known["critic"]
+            found = critic._regression(obs, action, target, 1.0, known.parts)
+            if found is not None:
+                known.attach()
+                return found.loss, found.y.squeeze(-1)
+        q = critic(obs, action).squeeze(-1)
+        return (q - target).square().mean(), q
 
     def _value(self, obs: Tensor, action: Tensor, noise: Any) -> Tensor:
         """What the actor climbs, [B, 1]: gradients reach the action and no parameter."""
@@ -367,13 +389,16 @@ class FqlActorAgent(abc.ABC):
         self._check_batch(batch)
         if self.config.lr_decay_steps:
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate(self.step)
-        critic_loss, actor_loss, metrics = self.losses(batch, self.sample_noise(batch))
-        self.optimizer.zero_grad(set_to_none=True)
-        (critic_loss + actor_loss).backward()
+        for parameter in self._trained.values():
+            parameter.grad = None
+        critic_loss, actor_loss, metrics = self._losses(batch, self.sample_noise(batch), direct=True)
+        loss = critic_loss + actor_loss
+        if loss.requires_grad:  # what native code has not differentiated already
+            loss.backward()
         # The target follows the weights from before this update: one step behind, as in the published code.
         with torch.no_grad():  # else the target's history would grow with every update
             torch._foreach_lerp_(self._target, self._online, self.config.tau)
-        self.optimizer.step()
+        self._descent.step()
         self.step += 1
         return metrics
 
@@ -395,27 +420,40 @@ class FqlActorAgent(abc.ABC):
             the two actors alone. Metrics, 0-d and without gradient: under `critic/` those of the critics, under
             `actor/` the losses and the mean value of the policy's actions.
         """
+        return self._losses(batch, noise, direct=False)
+
+    def _losses(
+        self, batch: Mapping[str, Tensor], noise: Any, direct: bool
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """`losses`. With `direct` the gradients that native code computes along with a loss are left in place, and that
+        part of the loss has no graph; without, both have one."""
         obs = self._normalize(batch["observations"])
         next_obs = self._normalize(batch["next_observations"])
-        critic_loss, critic_metrics = self._critic_loss(obs, next_obs, batch, noise)
-        actor_loss, actor_metrics = self._actor_loss(obs, batch["actions"], noise)
+        critic_loss, critic_metrics = self._critic_loss(obs, next_obs, batch, noise, direct)
+        actor_loss, actor_metrics = self._actor_loss(obs, batch["actions"], noise, direct)
         metrics = {f"critic/{name}": value.detach() for name, value in critic_metrics.items()}
         metrics |= {f"actor/{name}": value.detach() for name, value in actor_metrics.items()}
         return critic_loss, actor_loss, metrics
 
-    def _actor_loss(self, obs: Tensor, actions: Tensor, noise: FqlActorNoise) -> tuple[Tensor, dict[str, Tensor]]:
-        flow, onestep = self.networks.actor_bc_flow, self.networks.actor_onestep_flow
-        bc_flow_loss = flow.loss(obs, actions, noise.bc_noise, noise.bc_time)
+    def _actor_loss(
+        self, obs: Tensor, actions: Tensor, noise: FqlActorNoise, direct: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config, flow = self.config, self.networks.actor_bc_flow
+        bc_flow_loss = self._bc_flow_loss(obs, actions, noise, direct)
         with torch.no_grad():
             flow_action = flow(obs, noise.action)
-        action = onestep(obs, noise.action, raw=True)
-        distill_loss = (action - flow_action).square().mean()
-        q = self._value(obs, action.clamp(-1, 1), noise)
-        q_mean = q.mean()
-        q_loss = -q_mean
-        if self.config.normalize_q_loss:
-            q_loss = q_loss / q.detach().abs().mean()
-        actor_loss = bc_flow_loss + self.config.alpha * distill_loss + q_loss
+        found = self._onestep_loss(obs, flow_action, noise) if direct else None
+        if found is None:
+            action = self.networks.actor_onestep_flow(obs, noise.action, raw=True)
+            distill_loss = (action - flow_action).square().mean()
+            q = self._value(obs, action.clamp(-1, 1), noise)
+            q_mean = q.mean()
+            q_loss = -q_mean
+            if config.normalize_q_loss:
+                q_loss = q_loss / q.detach().abs().mean()
+        else:
+            distill_loss, q_mean, q_loss = found
+        actor_loss = bc_flow_loss + config.alpha * distill_loss + q_loss
         return actor_loss, {
             "actor_loss": actor_loss,
             "bc_flow_loss": bc_flow_loss,
@@ -423,6 +461,53 @@ class FqlActorAgent(abc.ABC):
             "q_loss": q_loss,
             "q": q_mean,
         }
+
+    def _bc_flow_loss(self, obs: Tensor, actions: Tensor, noise: FqlActorNoise, direct: bool) -> Tensor:
+        flow = self.networks.actor_bc_flow
+        if direct:
+            known = self._known["actor_bc_flow"]
+            rows = (noise.bc_noise.unsqueeze(1), actions, noise.bc_time.unsqueeze(1), obs)
+            options = {"backend": flow.backend, "precision": flow.precision}
+            loss = matching_gradients(flow.field, *rows, gradients=known.parts, **options)
+            if loss is not None:
+                known.attach()
+                return loss
+        return flow.loss(obs, actions, noise.bc_noise, noise.bc_time)
+
+    def _onestep_loss(
+        self, obs: Tensor, flow_action: Tensor, noise: FqlActorNoise
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The policy's distillation loss, mean value and value term, with its gradients in place; None, and nothing
+        done, where native code does not cover the network."""
+        config, known = self.config, self._known["actor_onestep_flow"]
+        onestep = self.networks.actor_onestep_flow._pass(obs, noise.action)
+        if onestep is None:
+            return None
+        q, slope = self._climb(obs, onestep.y, noise)
+        q_mean = q.mean()
+        q_loss = -q_mean
+        if config.normalize_q_loss:
+            scale = q.abs().mean()
+            q_loss, slope = q_loss / scale, slope / scale
+        away = onestep.y - flow_action
+        distill_loss = away.square().mean()
+        onestep.back((away * (2 * config.alpha / away.numel())).sub_(slope, alpha=1 / len(q)), known.parts)
+        known.attach()
+        return distill_loss, q_mean, q_loss
+
+    def _climb(self, obs: Tensor, action: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
+        """(`_value` of actions [B, A] within their bounds, [B, 1]; the gradients of its sum by the actions, [B, A])."""
+        # What an agent climbs besides a plain critic is its own affair.
+        if type(self)._value is FqlActorAgent._value:
+            inside = action.clamp(-1, 1)
+            found = self.networks.critic._slope(obs, inside)
+            if found is not None:
+                q, slope = found
+                return q.mean(0), slope * (inside == action) / len(q)
+        with torch.enable_grad():
+            leaf = action.detach().requires_grad_()
+            q = self._value(obs, leaf.clamp(-1, 1), noise)
+            return q.detach(), torch.autograd.grad(q.sum(), leaf)[0]
 
     # Using what was learned -----------------------------------------------------------------------------------------
 

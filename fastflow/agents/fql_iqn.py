@@ -181,7 +181,7 @@ class FqlIqnAgent(FqlActorAgent):
         return critic(obs.unsqueeze(1).expand(*lead, -1), beside, frozen=frozen).squeeze(-1)
 
     def _critic_loss(
-        self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: FqlIqnNoise
+        self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: FqlIqnNoise, direct: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, networks = self.config, self.networks
         with torch.no_grad():

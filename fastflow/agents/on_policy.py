@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.advantages import gae
-from fastflow.agents.checks import check_config, check_int, check_state, check_tensor, check_widths
+from fastflow.agents.checks import check_config, check_int, check_state, check_tensor, check_widths, ready_moments
+from fastflow.agents.descent import Descent, FlatGradients
 from fastflow.modules import ValueNetwork
 from fastflow.running import RunningStatistics
 from fastflow.surrogate import advantages_for, surrogate
@@ -203,27 +204,6 @@ PLAYGROUND: dict[str, Any] = {
 # The agent ----------------------------------------------------------------------------------------------------------
 
 
-class FlatGradients:
-    """Gradients of a network's parameters side by side in one piece of memory, for what computes them without autograd:
-    written in place in every minibatch, with one norm and one factor for all of them.
-
-    Attributes:
-        flat: the memory, 1-d.
-        parts: a gradient per parameter, in their order.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = list(parameters)
-        sizes = [p.numel() for p in self.parameters]
-        self.flat = self.parameters[0].detach().new_zeros(sum(sizes))
-        self.parts = [part.view(p.shape) for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)]
-
-    def attach(self) -> None:
-        """Makes them the parameters' gradients."""
-        for parameter, part in zip(self.parameters, self.parts, strict=True):
-            parameter.grad = part
-
-
 class ActorLoss(NamedTuple):
     """What an algorithm makes of a minibatch of b rows.
 
@@ -350,15 +330,9 @@ class OnPolicyAgent(abc.ABC):
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self._moments: list[Any] | None = None  # what `_descend` has looked up
+        self._descent = Descent(self.optimizer)
         self._critic_gradients = FlatGradients(self.networks.critic.network.parameter_list())
-        for parameter in self._trained.values():
-            # What Adam would make at its first step, so that every state of an agent has the same tensors.
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=self.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        ready_moments(self.optimizer, self.device)
         self._minibatches_done = torch.zeros((), dtype=torch.int64)
         self._lr_factor = torch.ones((), dtype=torch.float64)  # what adaptive_kl has made of lr
         self.observation_statistics = RunningStatistics(obs_dim, device=self.device, limit=config.observation_clip)
@@ -574,7 +548,7 @@ class OnPolicyAgent(abc.ABC):
             self._clip_gradient(self._actor_parameters, actor.gradients),
             self._clip_gradient(self._critic_parameters, critic_gradients),
         )
-        self._descend(actor.gradients is not None and critic_gradients is not None)
+        self._descent.step()
         self._minibatches_done += 1
         with torch.no_grad():
             ratios = actor.ratios
@@ -600,10 +574,10 @@ class OnPolicyAgent(abc.ABC):
         config, critic, obs, returns = self.config, self.networks.critic, rows["obs"], rows["returns"]
         if not config.value_clip:
             known = self._critic_gradients
-            loss = critic._regression(obs, returns, config.value_coef, known.parts)
-            if loss is not None:
+            found = critic._regression(obs, None, returns, config.value_coef, known.parts)
+            if found is not None:
                 known.attach()
-                return loss, known
+                return found.loss, known
         value = critic(obs).squeeze(-1)
         error = (value - returns).square()
         if config.value_clip:
@@ -626,38 +600,6 @@ class OnPolicyAgent(abc.ABC):
         if limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
-
-    def _descend(self, complete: bool) -> None:
-        """One step of the optimizer. Where no gradient is missing (`complete`) that is one call for each group, for
-        which the optimizer itself takes several times as long to look at what it holds."""
-        groups = self.optimizer.param_groups
-        if not (complete and all(group["fused"] for group in groups)):
-            self.optimizer.step()
-            return
-        state = self.optimizer.state
-        if self._moments is None or self._moments[0][1][0] is not state[self._actor_parameters[0]]["exp_avg"]:
-            names = ("exp_avg", "exp_avg_sq", "step")
-            self._moments = [
-                (group["params"], *([state[p][name] for p in group["params"]] for name in names)) for group in groups
-            ]
-        with torch.no_grad():
-            torch._foreach_add_([step for *_, steps in self._moments for step in steps], 1)
-            for group, (parameters, means, squares, steps) in zip(groups, self._moments, strict=True):
-                torch._fused_adamw_(
-                    parameters,
-                    [p.grad for p in parameters],
-                    means,
-                    squares,
-                    [],
-                    steps,
-                    lr=group["lr"],
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    amsgrad=False,
-                    maximize=False,
-                )
 
     def _steer(self, divergence: float) -> None:
         """Moves the policy's learning rate towards the divergence that adaptive_kl asks for."""

@@ -228,7 +228,7 @@ class ValueFlowsAgent(FqlActorAgent):
     # The critic -----------------------------------------------------------------------------------------------------
 
     def _critic_loss(
-        self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: ValueFlowsNoise
+        self, obs: Tensor, next_obs: Tensor, batch: Mapping[str, Tensor], noise: ValueFlowsNoise, direct: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, critic, actions = self.config, self.networks.critic_flow, batch["actions"]
         options = {"reduction": "none", "backend": config.backend, "precision": config.precision}

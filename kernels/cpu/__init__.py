@@ -29,6 +29,10 @@ from torch import Tensor
 
 from ..plan import Network
 
+OPERATORS = (
+    *("walk", "walk_bwd", "loss", "loss_bwd", "matching", "policy"),
+    *("stack", "stack_bwd", "regression", "slope"),
+)
 SOURCES = ("operators.cpp", "network.h", "product.h", "amx.h", "vector.h")
 # In the order of the enumerations in vector.h and network.h.
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "elu", "mish", "tanh")
@@ -150,7 +154,7 @@ def _loaded(bf16: bool = False) -> ctypes.CDLL | str:
         if bf16 not in _state:
             try:
                 library = ctypes.CDLL(str(build(bf16)))
-                for name in ("walk", "walk_bwd", "loss", "loss_bwd", "policy", "stack", "stack_bwd", "regression"):
+                for name in OPERATORS:
                     function = getattr(library, f"fastflow_{name}")
                     function.argtypes = (ctypes.c_char_p,) * 3  # bytes are passed as they are
                 library.fastflow_freeze.argtypes = (ctypes.c_char_p,) * 3

@@ -501,10 +501,11 @@ struct Loss : Call {
   bool interpolate;
   float keep;        // 1 - sigma_min
   long sharing = 1;  // rows that share one of b's
+  long apart;        // rows of a, b and t from one member to the next: 0 where members share them
   const float *a, *b, *t;
 
   explicit Loss(Arguments& g) : Call(g) {
-    interpolate = g.integer() != 0;
+    interpolate = g.integer() != 0, apart = M;
     keep = float(1.0 - *g.reals++);
     a = g.pointer<float>(), b = g.pointer<float>(), t = g.pointer<float>();
   }
@@ -514,7 +515,7 @@ struct Loss : Call {
 // The block's rows: their inputs, with their point x [rows, D].
 template <bool BF>
 SAME_BITS void set_inputs(const Loss& w, Block<BF>& b, long e, long first, float* x, bool for_products) {
-  const long D = w.net.D, row = e * w.M + first;
+  const long D = w.net.D, row = e * w.apart + first;
   for (long r = 0; r < b.rows; r++) {
     const float *from = w.a + (row + r) * D, *to = w.b_of(row + r), t = w.t[row + r];
     for (long j = 0; j < D; j++)
@@ -527,7 +528,7 @@ SAME_BITS void set_inputs(const Loss& w, Block<BF>& b, long e, long first, float
 // error [rows, D] of the velocity.
 template <bool BF>
 SAME_BITS void errors(const Loss& w, Block<BF>& b, long e, long first, const float* x, float* error) {
-  const long D = w.net.D, row = e * w.M + first;
+  const long D = w.net.D, row = e * w.apart + first;
   b.forward(0, w.net.film() ? w.film_of(e) : nullptr, w.film_b, first, w.S);
   for (long r = 0; r < b.rows; r++) {
     const Velocity how(w.net, w.t[row + r]);
@@ -544,6 +545,10 @@ SAME_BITS void mean_squares(const float* error, long rows, long D, float* losses
     for (long j = 0; j < D; j++) sum += error[r * D + j] * error[r * D + j];
     losses[r] = sum / float(D);
   }
+}
+// A loss of the velocity (error 0) as that of the noise or the end point that the velocity implies, at time t.
+inline float error_weight(long error, float t) {
+  return error == 0 ? 1.0f : error == 1 ? t * t : (1.0f - t) * (1.0f - t);
 }
 // What comes from the gradients d_error [rows, D] of the block's errors: the head's, and the points' d_x [rows, D].
 template <bool BF>
@@ -644,12 +649,60 @@ void loss_bwd(Arguments& g) {
   packed_weights.trim(KEEP);
 }
 
+// The mean loss of all rows and `scale` times its gradients in one go: a block goes forward and back while its
+// activations are at hand.
+template <bool BF>
+void matching(Arguments& g) {
+  Loss w(g);
+  w.apart = 0, w.sharing = g.integer();
+  const long error_of = g.integer();  // see `error_weight`
+  const float scale = g.real();
+  float* mean = g.pointer<float>();
+  const long D = w.net.D, block = w.block();
+  Chunks<BF> chunks(w, g, true, block);
+  const auto packed = pack_weights<BF>(w, true);
+  std::vector<double> sums(size_t(w.E * chunks.chunks));
+  const float factor = float(2.0 * double(scale) / double(w.E * w.M * D));
+  for_all(w.E * chunks.chunks, w.threads, [&](long task) {
+    const long e = task % w.E, from = task / w.E * chunks.rows, to = std::min(w.M, from + chunks.rows);
+    Block<BF> b(w.net);
+    float *x, *error, *d_x, *losses;
+    own_buffers.hold([&](Arena& a) {
+      b.lay(a, block, false, true);
+      x = a.take(block * D), error = a.take(block * D), d_x = a.take(block * D), losses = a.take(block);
+    });
+    b.w = &packed[size_t(e)], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
+    chunks.begin(task);
+    for (long first = from; first < to; first += block) {
+      b.rows = std::min(block, to - first);
+      set_inputs(w, b, e, first, x, true);
+      errors(w, b, e, first, x, error);
+      mean_squares(error, b.rows, D, losses);
+      for (long r = 0; r < b.rows; r++) {
+        const float weight = error_weight(error_of, w.t[first + r]);
+        sums[size_t(task)] += double(losses[r]) * double(weight);
+        for (long j = 0; j < D; j++) error[r * D + j] *= factor * weight;
+      }
+      begin_back(w, b, first, error, d_x);
+      b.backward(0, true, false, false);
+      b.cond_gradient(true, nullptr);
+    }
+    chunks.finish(task);
+    own_buffers.trim(KEEP);
+  });
+  chunks.join();
+  packed_weights.trim(KEEP);
+  double sum = 0.0;
+  for (double of_task : sums) sum += of_task;
+  mean[0] = float(sum / double(w.E * w.M));
+}
+
 // Policies ------------------------------------------------------------------------------------------------------------
 
 // What is made of the losses of an action's N pairs, as `fastflow.surrogate` states it, and its gradients by them.
 struct Objective {
   bool per_action, aspo, straight_through;
-  long error;                                   // what the losses are the error of: see `weight`
+  long error;                                   // what the losses are the error of: see `error_weight`
   float factor, scale;                          // of a loss: for its reduction over D, and the caller's
   float loss_clamp, difference_clamp;           // 0 for none
   float low, high, clip;                        // bounds of a ratio; their distance from 1
@@ -663,8 +716,7 @@ struct Objective {
     old = g.pointer<float>(), advantages = g.pointer<float>();
   }
 
-  // The squared error of what a velocity implies, in units of its own: of the velocity, the noise or the end point.
-  float weight(float t) const { return error == 0 ? 1.0f : error == 1 ? t * t : (1.0f - t) * (1.0f - t); }
+  float weight(float t) const { return error_weight(error, t); }
   // In the order in which `fastflow.policy_loss.pair_losses` multiplies.
   SAME_BITS void scaled(const float* t, long rows, float* losses) const {
     for (long r = 0; r < rows; r++) losses[r] = losses[r] * factor * weight(t[r]) * scale;
@@ -851,35 +903,35 @@ void stack_bwd(Arguments& g) {
   packed_weights.trim(KEEP);
 }
 
-// The mean squared error of a plain network's results and `scale` times its gradients in one go, a block of rows at a
-// time as in `policy`. Results y [M, D].
+// The mean squared error of plain networks' results and `scale` times its gradients in one go, a block of rows at a
+// time as in `policy`. Results y [E, M, D]; all members have the same target.
 template <bool BF>
 void regression(Arguments& g) {
   const Call c(g);
   const float scale = g.real();
   const float* target = g.pointer<float>();  // [M, D]
   float *y = g.pointer<float>(), *mean = g.pointer<float>();
-  const long block = c.block(), D = c.net.D;
+  const long block = c.block(), D = c.net.D, count = c.E * c.M * D;
   Chunks<BF> chunks(c, g, true, block);
   const auto packed = pack_weights<BF>(c, true);
-  const float factor = float(2.0 * double(scale) / double(c.M * D));
-  for_all(chunks.chunks, c.threads, [&](long task) {
-    const long from = task * chunks.rows, to = std::min(c.M, from + chunks.rows);
+  const float factor = float(2.0 * double(scale) / double(count));
+  for_all(c.E * chunks.chunks, c.threads, [&](long task) {
+    const long e = task % c.E, from = task / c.E * chunks.rows, to = std::min(c.M, from + chunks.rows);
     Block<BF> b(c.net);
     own_buffers.hold([&](Arena& a) { b.lay(a, block, true, true); });
-    b.w = &packed[0], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
+    b.w = &packed[size_t(e)], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
     chunks.begin(task);
     for (long first = from; first < to; first += block) {
       b.rows = std::min(block, to - first);
-      b.set_cond(c.cond_of(0), first, 1);
+      b.set_cond(c.cond_of(e), first, 1);
       b.forward(0, nullptr, 0, first, 1);
       memset(b.d_base, 0, size_t(b.rows * c.net.layers[0].pad) * 4);
       memset(b.d_head, 0, size_t(b.rows * c.net.pad_out) * 4);
       for (long r = 0; r < b.rows; r++)
         for (long j = 0; j < D; j++) {
           const long i = (first + r) * D + j;
-          y[i] = b.head[r * c.net.pad_out + j];
-          b.d_head[r * c.net.pad_out + j] = factor * (y[i] - target[i]);
+          const float found = y[e * c.M * D + i] = b.head[r * c.net.pad_out + j];
+          b.d_head[r * c.net.pad_out + j] = factor * (found - target[i]);
         }
       b.backward(0, true, false, false);
       b.cond_gradient(true, nullptr);
@@ -890,8 +942,40 @@ void regression(Arguments& g) {
   chunks.join();
   packed_weights.trim(KEEP);
   double sum = 0.0;
-  for (long i = 0; i < c.M * D; i++) sum += (double(y[i]) - double(target[i])) * (double(y[i]) - double(target[i]));
-  mean[0] = float(sum / double(c.M * D));
+  for (long i = 0; i < count; i++) {
+    const double off = double(y[i]) - double(target[i % (c.M * D)]);
+    sum += off * off;
+  }
+  mean[0] = float(sum / double(count));
+}
+
+// Plain networks' results y [E, M, D] and the gradients of their sum by the inputs, d_x [E, M, C], in one go.
+template <bool BF>
+void slope(Arguments& g) {
+  const Call c(g);
+  float *y = g.pointer<float>(), *d_x = g.pointer<float>();
+  const auto packed = pack_weights<BF>(c, true);
+  const long D = c.net.D, most = std::max<long>(ROWS, round_up((c.E * c.M + c.threads - 1) / c.threads, ROWS));
+  const long block = std::min(c.block(), most), blocks = (c.M + block - 1) / block;
+  for_all(c.E * blocks, c.threads, [&](long task) {
+    const long e = task / blocks, first = task % blocks * block, row = e * c.M + first;
+    Block<BF> b(c.net);
+    own_buffers.hold([&](Arena& a) { b.lay(a, block, true, true); });
+    b.w = &packed[size_t(e)], b.rows = std::min(block, c.M - first);
+    b.set_cond(c.cond_of(e), first, 1);
+    b.forward(0, nullptr, 0, first, 1);
+    memset(b.d_base, 0, size_t(b.rows * c.net.layers[0].pad) * 4);
+    memset(b.d_head, 0, size_t(b.rows * c.net.pad_out) * 4);
+    for (long r = 0; r < b.rows; r++)
+      for (long j = 0; j < D; j++) {
+        y[(row + r) * D + j] = b.head[r * c.net.pad_out + j];
+        b.d_head[r * c.net.pad_out + j] = 1.0f;
+      }
+    b.backward(0, false, false, false);
+    b.cond_gradient(false, d_x + row * c.net.C);
+    own_buffers.trim(KEEP);
+  });
+  packed_weights.trim(KEEP);
 }
 
 // 0, or what went wrong: 1 for no memory.
@@ -921,8 +1005,10 @@ int fastflow_walk(const int64_t* i, const double* r, void* const* p) { return ru
 int fastflow_walk_bwd(const int64_t* i, const double* r, void* const* p) { return run(walk_bwd<PAIRS>, i, r, p); }
 int fastflow_loss(const int64_t* i, const double* r, void* const* p) { return run(loss<PAIRS>, i, r, p); }
 int fastflow_loss_bwd(const int64_t* i, const double* r, void* const* p) { return run(loss_bwd<PAIRS>, i, r, p); }
+int fastflow_matching(const int64_t* i, const double* r, void* const* p) { return run(matching<PAIRS>, i, r, p); }
 int fastflow_policy(const int64_t* i, const double* r, void* const* p) { return run(policy<PAIRS>, i, r, p); }
 int fastflow_regression(const int64_t* i, const double* r, void* const* p) { return run(regression<PAIRS>, i, r, p); }
+int fastflow_slope(const int64_t* i, const double* r, void* const* p) { return run(slope<PAIRS>, i, r, p); }
 int fastflow_stack(const int64_t* i, const double* r, void* const* p) { return run(stack<PAIRS>, i, r, p); }
 int fastflow_stack_bwd(const int64_t* i, const double* r, void* const* p) { return run(stack_bwd<PAIRS>, i, r, p); }
 // A handle to `Frozen`, or null.
