@@ -338,9 +338,17 @@ def walk(
 
 @functools.lru_cache(maxsize=256)
 def _plain_arguments(
-    key: str, precision: str, rows: tuple[int, int, int], num_steps: int, method: str, start: float, end: float
+    key: str,
+    precision: str,
+    fields: int,
+    rows: tuple[int, int, int],
+    cond_per_member: bool,
+    num_steps: int,
+    method: str,
+    start: float,
+    end: float,
 ) -> tuple[cpu.Prepared, _Layout, Tensor] | None:
-    """What of a walk of one field between two numbers depends on neither its weights nor its states: the native call
+    """What of a walk between two numbers depends on neither the fields' weights nor their states: the native call
     without its pointers, and the time features. None for fields that prepare anything else."""
     layout = _layout(key, precision)
     if layout.prepared:
@@ -348,13 +356,14 @@ def _plain_arguments(
     spec, (b, s, threads) = FieldSpec.from_key(key), rows
     features = _shared_features(spec.time_embedding, num_steps, method, start, end)
     v, scheme = _scheme(method)
-    sizes = (1, layout.width, b, s, num_steps * v, threads, 1)
-    ints = (*sizes, 0, features.shape[-1], 0, 0, 0, 0, num_steps, v)
+    sizes = (fields, layout.width, b, s, num_steps * v, threads, 1)
+    ints = (*sizes, b * spec.cond_dim if cond_per_member else 0, features.shape[-1], 0, 0, 0, 0, num_steps, v)
     return cpu.Prepared("walk", layout.network, ints, (*scheme, start, end)), layout, features
 
 
 def plain_walk(
     key: str,
+    fields: int,
     parameters: Sequence[Tensor],
     x_0: Tensor,
     cond: Tensor,
@@ -368,19 +377,20 @@ def plain_walk(
     """x_K shaped as x_0, without gradient and with as little around the native code as can be.
 
     Args:
-        key, parameters: of one field; contiguous float32, as x_0 (E B S rows of D) and cond (B of C) are.
+        key, parameters: of `fields` of them; contiguous float32, as x_0 (E B S rows of D) and cond ([B, C] or
+            [E, B, C]) are.
         rows: (B, S).
 
     Returns:
         None for a field that this is not made for, one with FiLM or layers behind its time embedding.
     """
-    found = _plain_arguments(key, precision, (*rows, torch.get_num_threads()), num_steps, method, start, end)
+    sizes = (fields, (*rows, torch.get_num_threads()), cond.dim() == 3)
+    found = _plain_arguments(key, precision, *sizes, num_steps, method, start, end)
     if found is None:
         return None
     prepared, layout, features = found
     x_1 = torch.empty_like(x_0)
-    ordered = [parameters[i] for i in layout.order]
-    prepared((cond, features, None, *ordered, None, None, x_0, None, x_1, None, None))
+    prepared((cond, features, None, *layout.ordered(parameters), None, None, x_0, None, x_1, None, None))
     return x_1
 
 

@@ -289,11 +289,14 @@ def _plain_walk(
     backend: str | None,
     precision: str | None,
 ) -> Tensor | None:
-    """`integrate` of one field on the CPU where no gradient is asked for and nothing needs another form: acting, row
-    by row, where all that is done around a walk costs more than the walk. None wherever anything is not so."""
-    if torch.compiler.is_compiling() or not (isinstance(field, VelocityField) and type(t_0) is type(t_1) is float):
+    """`integrate` on the CPU where no gradient is asked for and nothing needs another form: acting, row by row, or
+    small targets, where all that is done around a walk costs more than the walk. None wherever anything is not so."""
+    if torch.compiler.is_compiling() or not type(t_0) is type(t_1) is float:
         return None
-    rows = plain_rows(field.spec, x_0, cond)
+    fields = field if isinstance(field, (list, tuple)) else (field,)
+    if not fields or any(not isinstance(f, VelocityField) or f.key != fields[0].key for f in fields):
+        return None
+    rows = plain_rows(fields[0].spec, x_0, cond, len(fields))
     if rows is None or not operators.unwatched() or operators.inside_transform():
         return None
     backend = DEFAULT_BACKEND if backend is None else backend
@@ -302,13 +305,14 @@ def _plain_walk(
     if precision not in _PLAIN_PRECISIONS or not math.isfinite(t_0 + t_1) or cpu.unsupported(torch.float32):
         return None
     assert x_0 is not None and cond is not None
-    parameters = field.parameter_list()
+    parameters = [p for f in fields for p in f.parameter_list()]
     if torch.is_grad_enabled() and any(p.requires_grad for p in (x_0, cond, *parameters)):
         return None
     for p in parameters:
         if type(p) not in operators.ORDINARY or not (p.is_cpu and p.dtype is torch.float32 and p.is_contiguous()):
             return None
-    return cpu.plain_walk(field.key, parameters, x_0, cond, rows, num_steps, method, t_0, t_1, precision or "fp32")
+    options = (num_steps, method, t_0, t_1, precision or "fp32")
+    return cpu.plain_walk(fields[0].key, len(fields), parameters, x_0, cond, rows, *options)
 
 
 _PLAIN_PRECISIONS = (None, *PRECISIONS)
@@ -320,8 +324,8 @@ def runs_native(backend: str) -> bool:
 
 
 def plain_rows(spec: FieldSpec, x_0: object, cond: object, fields: int = 1) -> tuple[int, int] | None:
-    """(B, S) where x_0 is [B, D], or [E, B, S, D] of a field or `fields` with an E axis, and cond [B, C], as native
-    code reads them; else None."""
+    """(B, S) where x_0 is [B, D], or [E, B, S, D] of a field or `fields` with an E axis, and cond [B, C] or then
+    [E, B, C], as native code reads them; else None."""
     if type(x_0) is not Tensor or type(cond) is not Tensor:
         return None
     if not (x_0.is_cpu and cond.is_cpu and x_0.dtype is cond.dtype is torch.float32):
@@ -329,13 +333,14 @@ def plain_rows(spec: FieldSpec, x_0: object, cond: object, fields: int = 1) -> t
     if not (x_0.is_contiguous() and cond.is_contiguous()):
         return None
     given, shape = cond.shape, x_0.shape
-    if len(given) != 2 or given[1] != spec.cond_dim or shape[-1:] != (spec.state_dim,):
+    if len(given) not in (2, 3) or given[-1] != spec.cond_dim or shape[-1:] != (spec.state_dim,):
         return None
+    rows, members = given[-2], (spec.ensemble or 1) * fields
     if spec.ensemble is None and fields == 1:
-        fits = len(shape) == 2 and shape[0] == given[0] > 0
-        return (given[0], 1) if fits else None
-    fits = len(shape) == 4 and shape[0] == (spec.ensemble or 1) * fields and shape[1] == given[0] > 0 < shape[2]
-    return (given[0], shape[2]) if fits else None
+        fits = len(shape) == len(given) == 2 and shape[0] == rows > 0
+        return (rows, 1) if fits else None
+    fits = len(shape) == 4 and shape[0] == members and shape[1] == rows > 0 < shape[2]
+    return (rows, shape[2]) if fits and given[:-2] in ((), (members,)) else None
 
 
 def check_walk(

@@ -45,6 +45,26 @@ def test_short_way_gives_the_same_bits(ensemble, method, precision, short_way):
     assert torch.equal(short, long)
 
 
+@pytest.mark.parametrize("ensemble", [None, 2])
+@pytest.mark.parametrize("per_member", [False, True])
+def test_short_way_of_several_fields_gives_the_same_bits(ensemble, per_member, short_way):
+    generator = torch.Generator().manual_seed(3)
+    fields = [ff.VelocityField(ff.FieldSpec(2, 4, (16, 16), ensemble=ensemble, norm="layer")) for _ in range(3)]
+    for field in fields:
+        field.reset_parameters(generator)
+    members = 3 * (ensemble or 1)
+    x_0 = torch.randn(members, 5, 3, 2, generator=generator)
+    cond = torch.randn(*([members, 5] if per_member else [5]), 4, generator=generator)
+    with torch.no_grad():
+        short = ff.integrate(fields, x_0, cond, num_steps=3)
+        assert short_way == [True]
+        for bad in ({"cond": cond.expand(2, *cond.shape)}, {"x_0": x_0[:1]}):
+            with pytest.raises(ValueError, match="integrate"):
+                ff.integrate(fields, **{"x_0": x_0, "cond": cond, "num_steps": 3, **bad})
+    long = ff.integrate(fields, x_0, cond, num_steps=3)
+    assert short_way == [True, False, False, False] and torch.equal(short, long)
+
+
 def test_short_way_is_not_taken_where_anything_is_special(short_way):
     field = ff.VelocityField(ff.FieldSpec(2, 3, (8,)))
     x_0, cond = torch.randn(4, 2), torch.randn(4, 3)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from fastflow import ops, reference
+from fastflow.agents.backup import Backup, share_outside
 from fastflow.agents.checks import check_config, check_widths
 from fastflow.agents.fql_actor import (
     DEMO,
@@ -382,28 +384,15 @@ class FloqAgent(FqlActorAgent):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         actions = batch["actions"]
         with torch.no_grad():
-            target_q, q = self._walk(obs, batch, next_obs, noise)  # [E, B, S] each
-            target = self._target_values(target_q, batch, noise)
-            # Always the mean, also where the target takes the minimum.
-            value = q.mean((0, 2))
+            walks = self._walk(obs, batch, next_obs, noise)
+            native = direct and self._native
+            target, value, metrics = self._backup(*walks, batch, noise.target, native)
         # The published loss is a sum over noise samples.
         floq_loss = self.config.noise_samples * self._floq_loss(obs, actions, target, noise, direct)
         distill_loss = self._fit_critic(obs, actions, value, direct)[0]
         critic_loss = floq_loss + distill_loss
-        # What the others follow from comes first: where training stops because a number is not finite, the first such
-        # metric is named.
-        return critic_loss, {
-            "target_mean": target.mean(),
-            "q_mean": value.mean(),
-            "q_min": value.min(),
-            "q_max": value.max(),
-            "var_flow_returns": q.var(2, correction=0).mean(),
-            "td_error": (target.reshape(len(value), -1) - value.unsqueeze(-1)).abs().mean(),
-            "outside_range": self._share_outside(torch.stack((target_q, q))),
-            "floq_loss": floq_loss,
-            "distill_loss": distill_loss,
-            "critic_loss": critic_loss,
-        }
+        losses = {"floq_loss": floq_loss, "distill_loss": distill_loss, "critic_loss": critic_loss}
+        return critic_loss, metrics | losses
 
     def _floq_loss(self, obs: Tensor, actions: Tensor, target: Tensor, noise: FloqNoise, direct: bool) -> Tensor:
         """The mean loss of a walk, from the same start as the walk that gave its value; see `_losses` for `direct`."""
@@ -420,24 +409,14 @@ class FloqAgent(FqlActorAgent):
                 return loss
         return floq.loss(obs, actions, target, noise.start, time, error=error)
 
-    def _target_values(self, target_q: Tensor, batch: Mapping[str, Tensor], noise: FloqNoise) -> Tensor:
-        """What the critic learns, from the target field's values [E, B, S]: [B], or [B, S] with a distributional
-        backup."""
-        config = self.config
-        if config.critic_target == "returns":
-            target = batch["returns"]
-        else:
-            rewards, masks = batch["rewards"], batch["masks"]
-            # Over members first, for each noise sample; then over noise samples.
-            next_q = target_q.amin(0) if config.q_agg == "min" else target_q.mean(0)
-            if config.backup == "expected":
-                next_q = next_q.mean(-1)
-            else:
-                rewards, masks = rewards.unsqueeze(-1), masks.unsqueeze(-1)
-            target = rewards + config.discount * masks * next_q
-        if noise.target is None:
-            return target
-        return target + config.target_noise * noise.target.view(-1, *(1,) * (target.dim() - 1))
+    @functools.cached_property
+    def _backup(self) -> Backup:
+        names = [field.name for field in dataclasses.fields(Backup) if field.name != "value_range"]
+        return Backup(**{name: getattr(self.config, name) for name in names}, value_range=self._value_range)
+
+    @property
+    def _value_range(self) -> tuple[float, float]:
+        return cast(tuple[float, float], self.networks.floq.value_range)
 
     def _walk(
         self, obs: Tensor, batch: Mapping[str, Tensor], next_obs: Tensor, noise: FloqNoise
@@ -515,7 +494,7 @@ class FloqAgent(FqlActorAgent):
             **{f"flow/displacement.{k}": size for k, size in enumerate(steps.abs().mean((0, 1, 2)))},
             "flow/curvature": (velocities - whole).square().mean() / whole.square().mean().clamp_min(1e-12),
             "flow/variance": path[..., -1].var(2, correction=0).mean(),
-            "flow/outside_range": self._share_outside(path),
+            "flow/outside_range": share_outside(path, self._value_range),
             "flow/feature_norm": feature_norm(self.networks.floq.field, path[..., :1], cond),
         }
 
@@ -524,16 +503,12 @@ class FloqAgent(FqlActorAgent):
         share = metrics.get("critic/outside_range", 0.0)
         if share <= _OUTSIDE:
             return None
-        low, high = self.networks.floq.value_range
+        low, high = self._value_range
         return (
             f"{share:.1%} of the flow critic's values lie outside [{low:g}, {high:g}], all that rewards in "
             f"[{self.reward_range[0]:g}, {self.reward_range[1]:g}] can add up to: it diverges, or the data's rewards "
             "are not the task's. Its features tell such values apart less and less"
         )
-
-    def _share_outside(self, z: Tensor) -> Tensor:
-        """Share of z outside the range of values, which is that of the HL-Gauss features."""
-        return (z.clamp(*self.networks.floq.value_range) != z).to(z.dtype).mean()
 
     def _check_batch(self, batch: Mapping[str, Tensor]) -> None:
         super()._check_batch(batch)

@@ -353,6 +353,11 @@ class FqlActorAgent(abc.ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The critics' loss, 0-d, and metrics; obs and next_obs are normalised. `direct`: see `_losses`."""
 
+    @property
+    def _native(self) -> bool:
+        """Whether the configuration lets native code run on the CPU."""
+        return ops.runs_native(ops.DEFAULT_BACKEND if self.config.backend is None else self.config.backend)
+
     def _fit_critic(self, obs: Tensor, action: Tensor, target: Tensor, direct: bool) -> tuple[Tensor, Tensor]:
         """The plain critic's mean squared distance from target [B], 0-d, and its values [E, B]; see `_losses` for
         `direct`."""

@@ -31,7 +31,7 @@ from ..plan import Network
 
 OPERATORS = (
     *("walk", "walk_bwd", "loss", "loss_bwd", "matching", "policy"),
-    *("stack", "stack_bwd", "regression", "slope"),
+    *("stack", "stack_bwd", "regression", "slope", "backup"),
 )
 SOURCES = ("operators.cpp", "network.h", "product.h", "amx.h", "vector.h")
 # In the order of the enumerations in vector.h and network.h.
@@ -48,6 +48,9 @@ class Description(NamedTuple):
     bf16: bool
     ints: bytes
     reals: bytes
+
+
+NO_NETWORK = Description(False, b"", b"")
 
 
 class Unavailable(RuntimeError):

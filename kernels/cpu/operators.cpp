@@ -978,6 +978,64 @@ void slope(Arguments& g) {
   packed_weights.trim(KEEP);
 }
 
+// Targets -------------------------------------------------------------------------------------------------------------
+
+// What a flow critic learns from where walks end, and what is told of it: `fastflow.agents.backup` states it.
+void backup(Arguments& g) {
+  const long E = g.integer(), B = g.integer(), S = g.integer();
+  const bool least = g.integer() != 0, each = g.integer() != 0;
+  const float discount = g.real(), noise_scale = g.real(), low = g.real(), high = g.real();
+  const float *z = g.pointer<float>(), *q = g.pointer<float>();            // [E, B, S]: the target's, the online ones
+  const float *rewards = g.pointer<float>(), *masks = g.pointer<float>();  // [B]; without masks rewards are returns
+  const float* noise = g.pointer<float>();                                 // [B] or null
+  float *target = g.pointer<float>(), *value = g.pointer<float>();         // [B] or [B, S], [B]
+  float* told = g.pointer<float>();
+  const long N = each ? S : 1;
+  double of_targets = 0.0, of_values = 0.0, spread = 0.0, away = 0.0;
+  float lowest = INFINITY, highest = -INFINITY;
+  auto smaller = [](float a, float b) { return b < a || b != b ? b : a; };
+  for (long b = 0; b < B; b++) {
+    double whole = 0.0, next = 0.0;
+    for (long s = 0; s < S; s++) {
+      float smallest = z[b * S + s];
+      double sum = 0.0;
+      for (long e = 0; e < E; e++) {
+        const float x = z[(e * B + b) * S + s];
+        sum += x, smallest = smallest != smallest ? smallest : smaller(smallest, x);
+      }
+      const double one = least ? double(smallest) : double(float(sum / double(E)));
+      next += one;
+      if (each) target[b * S + s] = rewards[b] + discount * masks[b] * float(one);
+    }
+    if (!each) target[b] = masks ? rewards[b] + discount * masks[b] * float(next / double(S)) : rewards[b];
+    for (long e = 0; e < E; e++) {
+      double sum = 0.0, squares = 0.0;
+      for (long s = 0; s < S; s++) sum += q[(e * B + b) * S + s];
+      for (long s = 0; s < S; s++) {
+        const double off = q[(e * B + b) * S + s] - sum / double(S);
+        squares += off * off;
+      }
+      whole += sum, spread += squares / double(S);
+    }
+    const float v = value[b] = float(whole / double(E * S));
+    of_values += v;
+    lowest = lowest != lowest ? lowest : smaller(lowest, v);
+    highest = highest != highest ? highest : v > highest || v != v ? v : highest;
+    for (long s = 0; s < N; s++) {
+      float& y = target[b * N + s];
+      if (noise) y += noise_scale * noise[b];
+      of_targets += y, away += std::fabs(y - v);
+    }
+  }
+  long outside = 0;
+  for (long i = 0; i < E * B * S; i++)
+    outside += !(z[i] >= low && z[i] <= high) + !(q[i] >= low && q[i] <= high);
+  told[0] = float(of_targets / double(B * N)), told[1] = float(of_values / double(B));
+  told[2] = lowest, told[3] = highest;
+  told[4] = float(spread / double(E * B)), told[5] = float(away / double(B * N));
+  told[6] = float(double(outside) / double(2 * E * B * S));
+}
+
 // 0, or what went wrong: 1 for no memory.
 template <class Do>
 int guarded(Do what) {
@@ -1009,6 +1067,7 @@ int fastflow_matching(const int64_t* i, const double* r, void* const* p) { retur
 int fastflow_policy(const int64_t* i, const double* r, void* const* p) { return run(policy<PAIRS>, i, r, p); }
 int fastflow_regression(const int64_t* i, const double* r, void* const* p) { return run(regression<PAIRS>, i, r, p); }
 int fastflow_slope(const int64_t* i, const double* r, void* const* p) { return run(slope<PAIRS>, i, r, p); }
+int fastflow_backup(const int64_t* i, const double* r, void* const* p) { return run(backup, i, r, p); }
 int fastflow_stack(const int64_t* i, const double* r, void* const* p) { return run(stack<PAIRS>, i, r, p); }
 int fastflow_stack_bwd(const int64_t* i, const double* r, void* const* p) { return run(stack_bwd<PAIRS>, i, r, p); }
 // A handle to `Frozen`, or null.

@@ -1,0 +1,123 @@
+"""From where a flow critic's walks end to what it learns (floq, arXiv:2509.06863), in one pass of native code or in
+plain PyTorch.
+
+Letters: B batch, E members, S noise samples per transition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastflow import cpu, operators
+from fastflow.kernels.cpu import NO_NETWORK, call
+from fastflow.matching_gradients import ordinary
+
+__all__ = ["Backup", "Learnt"]
+
+# What is told of a batch. What the others follow from comes first: where training stops because a number is not finite,
+# the first such metric is named.
+_TOLD = ("target_mean", "q_mean", "q_min", "q_max", "var_flow_returns", "td_error", "outside_range")
+
+
+class Learnt(NamedTuple):
+    """What `Backup` returns, without gradient.
+
+    Attributes:
+        target: what the flow critic learns, [B], or [B, S] with a target for each sample.
+        value: values of (obs, action) by the online critic, [B].
+        metrics: 0-d, by name.
+    """
+
+    target: Tensor
+    value: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backup:
+    """How targets are made; fields as in `fastflow.agents.floq.FloqConfig`.
+
+    Args:
+        value_range: beside it, values are counted as outside.
+    """
+
+    q_agg: str
+    backup: str
+    critic_target: str
+    discount: float
+    target_noise: float
+    value_range: tuple[float, float]
+
+    def __call__(
+        self, target_q: Tensor, q: Tensor, batch: Mapping[str, Tensor], noise: Tensor | None, native: bool
+    ) -> Learnt:
+        """Target and value of each transition.
+
+        Args:
+            target_q, q: [E, B, S], where the target's walks from the next transitions and the online critic's end.
+            batch: rewards and masks, or returns, [B].
+            noise: of the targets, [B], or None.
+            native: whether native code may do it, where it covers the call.
+        """
+        found = self._native(target_q, q, batch, noise) if native else None
+        if found is not None:
+            return found
+        target = self._target(target_q, batch, noise)
+        # Always the mean, also where the target takes the minimum.
+        value = q.mean((0, 2))
+        told = (
+            target.mean(),
+            value.mean(),
+            value.min(),
+            value.max(),
+            q.var(2, correction=0).mean(),
+            (target.reshape(len(value), -1) - value.unsqueeze(-1)).abs().mean(),
+            share_outside(torch.stack((target_q, q)), self.value_range),
+        )
+        return Learnt(target, value, dict(zip(_TOLD, told, strict=True)))
+
+    def _target(self, target_q: Tensor, batch: Mapping[str, Tensor], noise: Tensor | None) -> Tensor:
+        if self.critic_target == "returns":
+            target = batch["returns"]
+        else:
+            rewards, masks = batch["rewards"], batch["masks"]
+            # Over members first, for each noise sample; then over noise samples.
+            next_q = target_q.amin(0) if self.q_agg == "min" else target_q.mean(0)
+            if self.backup == "expected":
+                next_q = next_q.mean(-1)
+            else:
+                rewards, masks = rewards.unsqueeze(-1), masks.unsqueeze(-1)
+            target = rewards + self.discount * masks * next_q
+        if noise is None:
+            return target
+        return target + self.target_noise * noise.view(-1, *(1,) * (target.dim() - 1))
+
+    def _native(self, target_q: Tensor, q: Tensor, batch: Mapping[str, Tensor], noise: Tensor | None) -> Learnt | None:
+        e, b, s = q.shape
+        bootstrapped = self.critic_target != "returns"
+        each = bootstrapped and self.backup == "distributional"
+        given: list[Tensor] = [batch["rewards"], batch["masks"]] if bootstrapped else [batch["returns"]]
+        given += [] if noise is None else [noise]
+        expected: list[Any] = [(target_q, (e, b, s)), (q, (e, b, s)), *((x, (b,)) for x in given)]
+        if torch.compiler.is_compiling() or not ordinary(expected) or not operators.unwatched():
+            return None
+        if operators.inside_transform() or cpu.unsupported(torch.float32):
+            return None
+        rows = [x.contiguous() for x in given]
+        rewards, masks = rows[0], rows[1] if bootstrapped else None
+        target, value, told = q.new_empty((b, s) if each else b), q.new_empty(b), q.new_empty(len(_TOLD))
+        ints = (e, b, s, int(self.q_agg == "min"), int(each))
+        reals = (self.discount, self.target_noise, *self.value_range)
+        tensors = (target_q.contiguous(), q.contiguous(), rewards, masks, None if noise is None else rows[-1])
+        call("backup", NO_NETWORK, ints, reals, (*tensors, target, value, told))
+        return Learnt(target, value, dict(zip(_TOLD, told.unbind(), strict=True)))
+
+
+def share_outside(z: Tensor, value_range: tuple[float, float]) -> Tensor:
+    """Share of z outside the range of values, which is that of the HL-Gauss features, 0-d."""
+    return (z.clamp(*value_range) != z).to(z.dtype).mean()
