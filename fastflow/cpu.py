@@ -363,7 +363,6 @@ def _plain_arguments(
 
 def plain_walk(
     key: str,
-    fields: int,
     parameters: Sequence[Tensor],
     x_0: Tensor,
     cond: Tensor,
@@ -373,6 +372,7 @@ def plain_walk(
     start: float,
     end: float,
     precision: str,
+    fields: int = 1,
 ) -> Tensor | None:
     """x_K shaped as x_0, without gradient and with as little around the native code as can be.
 

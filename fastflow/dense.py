@@ -252,6 +252,21 @@ def _covered(x: Tensor, parameters: Sequence[Tensor]) -> bool:
 # Gradients without autograd -------------------------------------------------------------------------------------------
 
 
+class Stack(NamedTuple):
+    """A network with its weights; arguments of `dense_stack`."""
+
+    parameters: Sequence[Tensor]
+    activation: str
+    norm: str | None
+    precision: str | None
+    eps: float = 1e-6
+
+    def kind(self, x: Tensor) -> Kind:
+        """Without its weights, on inputs as x."""
+        precision = self.precision or "fp32"
+        return _kind(x, self.parameters, self.activation, self.norm is not None, self.eps, precision)
+
+
 class Regression(NamedTuple):
     """What `regression` returns: the mean squared error, 0-d, and the results [M, out], or [E, M, out] of members."""
 
@@ -260,27 +275,20 @@ class Regression(NamedTuple):
 
 
 def regression(
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    target: Tensor,
-    activation: str,
-    norm: str | None,
-    precision: str | None,
-    scale: float,
-    gradients: Sequence[Tensor],
-    eps: float = 1e-6,
+    x: Tensor, network: Stack, target: Tensor, scale: float, gradients: Sequence[Tensor]
 ) -> Regression | None:
     """The mean squared error of a network, over all members, and `scale` times its gradients in one pass, which holds a
     block's activations for its way back; None, and nothing done, where native code does not cover the call.
 
     Args:
         x, target: [M, in] and [M, out], neither with a gradient of its own.
-        parameters, activation, norm, precision, eps: as for `dense_stack`.
+        network: with members or not, which share x and target.
         gradients: where those of the parameters go, in their order; contiguous.
     """
+    parameters = network.parameters
     if not _covered_directly((x, target), parameters) or len(x) != len(target):
         return None
-    kind, members = _kind(x, parameters, activation, norm is not None, eps, precision or "fp32"), _members(parameters)
+    kind, members = network.kind(x), _members(parameters)
     if target.shape[1] != kind.widths[-1]:
         return None
     y, mean = target.new_empty(members, *target.shape), target.new_empty(())
@@ -290,24 +298,35 @@ def regression(
     return Regression(mean, y if parameters[0].dim() == 3 else y[0])
 
 
-def slope(
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    activation: str,
-    norm: str | None,
-    precision: str | None,
-    eps: float = 1e-6,
+def climb(
+    x: Tensor, policy: Stack, critic: Stack, toward: Tensor, alpha: float, gradients: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor] | None:
-    """A network's results [E, M, out] and the gradient of each member's sum by the input, [E, M, in], in one pass; E is
-    1 without members. None, and nothing done, where native code does not cover the call; arguments as for
-    `regression`."""
-    if not _covered_directly((x,), parameters):
+    """E|y - toward|^2 and E[Q], both 0-d, and the gradients of alpha times the first less the second by the policy's
+    parameters, in one pass: y are its results on x = [obs, noise], Q a critic's on [obs, y clipped to [-1, 1]], over
+    all members. None, and nothing done, where native code does not cover the call.
+
+    Args:
+        x: [M, O + noise]. policy: without members. critic: of O + out inputs and one output, with members or not.
+        toward: [M, out].
+        gradients: where those of the policy's parameters go, in their order; contiguous.
+    """
+    given = (*policy.parameters, *critic.parameters)
+    if not _covered_directly((x, toward), given) or len(x) != len(toward) or policy.parameters[0].dim() != 2:
         return None
-    kind, members = _kind(x, parameters, activation, norm is not None, eps, precision or "fp32"), _members(parameters)
-    y, d_x = x.new_empty(members, len(x), kind.widths[-1]), x.new_empty(members, *x.shape)
-    tensors = (x.contiguous(), None, None, *(p.contiguous() for p in parameters), y, d_x)
-    cpu.call("slope", _description(kind), _ints(x.unsqueeze(0), members), (), tensors)
-    return y, d_x
+    inputs = toward.new_empty(0, critic.parameters[0].shape[-2])
+    kinds, members = (policy.kind(x), critic.kind(inputs)), _members(critic.parameters)
+    out = kinds[0].widths[-1]
+    if toward.shape[1] != out or kinds[1].widths[-1] != 1 or not out <= inputs.shape[1] <= out + x.shape[1]:
+        return None
+    if kinds[0].precision != kinds[1].precision:
+        return None
+    rows, told = x.unsqueeze(0), x.new_empty(2)
+    weights = [[p.contiguous() for p in stack.parameters] for stack in (policy, critic)]
+    networks = cpu.before(_description(kinds[0]), _ints(rows, 1), _description(kinds[1]))
+    tensors = (x.contiguous(), None, None, *weights[0], None, None, None, *weights[1], toward.contiguous(), told)
+    cpu.call("climb", networks, _ints(rows, members), (alpha,), (*tensors, None, *gradients))
+    distance, value = told.unbind()
+    return distance, value
 
 
 class Pass(NamedTuple):
@@ -329,19 +348,13 @@ class Pass(NamedTuple):
         backward(grad, self.x, self.parameters, self.kept, 1, self.kind, False, True, gradients)
 
 
-def forward_pass(
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    activation: str,
-    norm: str | None,
-    precision: str | None,
-    eps: float = 1e-6,
-) -> Pass | None:
+def forward_pass(x: Tensor, network: Stack) -> Pass | None:
     """A network without members on x [M, in], whose way back is a call of its own and not autograd's. None, and nothing
-    done, where native code does not cover the call; arguments as for `regression`."""
+    done, where native code does not cover the call."""
+    parameters = network.parameters
     if not _covered_directly((x,), parameters) or parameters[0].dim() != 2:
         return None
-    kind, rows = _kind(x, parameters, activation, norm is not None, eps, precision or "fp32"), x.unsqueeze(0)
+    kind, rows = network.kind(x), x.unsqueeze(0)
     y, kept = forward(rows, parameters, 1, kind, True)
     return Pass(y[0], rows, parameters, kept, kind)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import ops, reference
-from fastflow.dense import Pass, Regression, dense_stack, forward_pass, regression, slope
+from fastflow.dense import Pass, Regression, Stack, climb, dense_stack, forward_pass, regression
 from fastflow.fields import (
     MLP,
     Architecture,
@@ -535,6 +535,7 @@ def _options_of(module: FlowPolicy | FlowCritic, num_steps: int | None) -> dict[
 class _Plain(nn.Module):
     """A network without a flow."""
 
+    network: DenseStack
     activation: str
     norm: str | None
     backend: str | None
@@ -554,6 +555,9 @@ class _Plain(nn.Module):
                 x, parameters, self.activation, self.norm, precision=self.precision, wiring=self._wiring
             )
         return dense_stack(x, parameters, self.activation, self.norm, precision=self.precision, native=self._native)
+
+    def _stack(self) -> Stack:
+        return Stack(self.network.parameter_list(), self.activation, self.norm, self.precision)
 
     @property
     def _native(self) -> bool:
@@ -616,8 +620,22 @@ class OneStepPolicy(_Plain):
         """`dense.forward_pass` of actions, not clipped, for obs [M, O] and noise [M, A], for agents."""
         if not self._native:
             return None
-        options = (self.activation, self.norm, self.precision)
-        return forward_pass(torch.cat((obs, noise), -1), self.network.parameter_list(), *options)
+        return forward_pass(torch.cat((obs, noise), -1), self._stack())
+
+    def _climb(
+        self,
+        obs: Tensor,
+        noise: Tensor,
+        critic: ValueNetwork,
+        toward: Tensor,
+        alpha: float,
+        gradients: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor] | None:
+        """`dense.climb` of actions, not clipped, for obs [M, O] and noise [M, A], for agents."""
+        if not (self._native and critic._native) or critic._wiring is not None:
+            return None
+        x = torch.cat((obs, noise), -1)
+        return climb(x, self._stack(), critic._stack(), toward, alpha, gradients)
 
 
 class ValueNetwork(_Plain):
@@ -672,26 +690,14 @@ class ValueNetwork(_Plain):
         out = self._dense(x, parameters)
         return out.reshape(*out.shape[:-2], *lead, 1)
 
-    # Gradients without autograd, for agents; None where native code does not cover the call. obs [M, O], action [M, A].
-
     def _regression(
         self, obs: Tensor, action: Tensor | None, target: Tensor, scale: float, gradients: Sequence[Tensor]
     ) -> Regression | None:
-        """`dense.regression` of values on target [M], for all members; `gradients` as `network.parameter_list()`."""
+        """`dense.regression` of values of obs [M, O] and action [M, A] on target [M], for all members; `gradients` as
+        `network.parameter_list()`."""
         if not self._native or self._wiring is not None:
             return None
-        options = (self.activation, self.norm, self.precision)
-        x, parameters = _rows(self, obs, action)[0], self.network.parameter_list()
-        return regression(x, parameters, target.unsqueeze(1), *options, scale, gradients)
-
-    def _slope(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Values [E, M, 1], E = 1 without members, and the gradient of their sum by the action, [M, A]."""
-        if not self._native or self._wiring is not None:
-            return None
-        found = slope(
-            _rows(self, obs, action)[0], self.network.parameter_list(), self.activation, self.norm, self.precision
-        )
-        return None if found is None else (found[0], found[1][..., self.obs_dim :].sum(0))
+        return regression(_rows(self, obs, action)[0], self._stack(), target.unsqueeze(1), scale, gradients)
 
 
 def value_ranges(

@@ -311,8 +311,8 @@ def _plain_walk(
     for p in parameters:
         if type(p) not in operators.ORDINARY or not (p.is_cpu and p.dtype is torch.float32 and p.is_contiguous()):
             return None
-    options = (num_steps, method, t_0, t_1, precision or "fp32")
-    return cpu.plain_walk(fields[0].key, len(fields), parameters, x_0, cond, rows, *options)
+    options = (num_steps, method, t_0, t_1, precision or "fp32", len(fields))
+    return cpu.plain_walk(fields[0].key, parameters, x_0, cond, rows, *options)
 
 
 _PLAIN_PRECISIONS = (None, *PRECISIONS)

@@ -83,6 +83,10 @@ in_one_pass = [
 ]
 
 
+def stack_of(stack, activation, norm):
+    return dense.Stack(stack.parameter_list(), activation, norm, None)
+
+
 def every_case(test):
     for mark in in_one_pass:
         test = mark(test)
@@ -111,7 +115,7 @@ def test_a_regression_in_one_pass_errs_no_more_than_pytorch(rows, norm, sizes, a
         return loss, y, torch.autograd.grad(0.5 * loss, own)
 
     found = [torch.full_like(p, torch.nan) for p in parameters]
-    loss, y = dense.regression(x, parameters, target, activation, norm, None, 0.5, found)
+    loss, y = dense.regression(x, dense.Stack(parameters, activation, norm, None), target, 0.5, found)
     exact, eager = plain(torch.float64), plain(torch.float32)
     assert loss.shape == () and y.shape == exact[1].shape and not (loss.requires_grad or y.requires_grad)
     floor = 3e-7 if target.numel() > 90 else 5e-6
@@ -119,21 +123,38 @@ def test_a_regression_in_one_pass_errs_no_more_than_pytorch(rows, norm, sizes, a
         assert_within(mine, theirs, truth if isinstance(truth, tuple) else [truth], floor)
 
 
-@every_case
-def test_slopes_in_one_pass_err_no_more_than_pytorch(rows, norm, sizes, activation, ensemble):
-    stack = network(sizes, ensemble, norm)
-    x = torch.randn(rows, sizes[0], generator=torch.Generator().manual_seed(1))
+@needs_native
+@pytest.mark.parametrize("rows", [1, 97, 1100])
+@pytest.mark.parametrize("ensemble", [None, 3])
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize(("hidden", "outputs"), [((16, 24), 1), ((130, 20), 6)])
+def test_a_climb_in_one_pass_errs_no_more_than_pytorch(rows, ensemble, norm, hidden, outputs):
+    obs, alpha = 4, 0.7
+    policy = network((obs + 3, *hidden, outputs), None, norm)
+    critic = network((obs + outputs, 20, 17, 1), ensemble, "layer")
+    with torch.no_grad():
+        critic.layers[-1].bias += 1  # values that do not cancel in their mean
+    source = torch.Generator().manual_seed(1)
+    # Some actions lie outside their bounds, where nothing is climbed.
+    x, toward = 3 * torch.randn(rows, obs + 3, generator=source), torch.randn(rows, outputs, generator=source)
 
     def plain(dtype):
-        own = x.to(dtype).expand(ensemble or 1, *x.shape).clone().requires_grad_()
-        parameters = [p.detach().to(dtype) for p in stack.parameter_list()]
-        y = reference.dense_stack(own if ensemble else own[0], parameters, activation, norm)
-        return y.view(ensemble or 1, rows, -1), torch.autograd.grad(y.sum(), own)[0]
+        own = [p.detach().to(dtype).requires_grad_() for p in policy.parameter_list()]
+        y = reference.dense_stack(x.to(dtype), own, "silu", norm)
+        rows_ = torch.cat((x[:, :obs].to(dtype), y.clamp(-1, 1)), -1)
+        rows_ = rows_ if ensemble is None else rows_.expand(ensemble, *rows_.shape)
+        q = reference.dense_stack(rows_, [p.detach().to(dtype) for p in critic.parameter_list()], "gelu_tanh", "layer")
+        distance, value = (y - toward.to(dtype)).square().mean(), q.mean()
+        return [distance], [value], torch.autograd.grad(alpha * distance - value, own)
 
-    found = dense.slope(x, stack.parameter_list(), activation, norm, None)
-    for mine, theirs, truth in zip(found, plain(torch.float32), plain(torch.float64), strict=True):
-        assert mine.shape == truth.shape and not mine.requires_grad
-        assert_within([mine], [theirs], [truth], 3e-7 if rows * sizes[-1] > 90 else 5e-6)
+    found = [torch.full_like(p, torch.nan) for p in policy.parameter_list()]
+    stacks = (stack_of(policy, "silu", norm), stack_of(critic, "gelu_tanh", "layer"))
+    distance, value = dense.climb(x, *stacks, toward, alpha, found)
+    assert distance.shape == value.shape == () and not (distance.requires_grad or value.requires_grad)
+    mine, eager, exact = ([distance], [value], found), plain(torch.float32), plain(torch.float64)
+    floor = 3e-7 if rows > 90 else 5e-6
+    for a, b, truth in zip(mine, eager, exact, strict=True):
+        assert_within(a, b, truth, floor)
 
 
 @needs_native
@@ -144,7 +165,7 @@ def test_a_pass_goes_back_as_autograd_does(rows, sizes):
     x, grad = torch.randn(rows, sizes[0]), torch.randn(rows, sizes[-1])
     y = dense.dense_stack(x, stack.parameter_list(), "silu", "layer")
     expected = torch.autograd.grad(y, stack.parameter_list(), grad)
-    there = dense.forward_pass(x, stack.parameter_list(), "silu", "layer", None)
+    there = dense.forward_pass(x, stack_of(stack, "silu", "layer"))
     found = [torch.full_like(p, torch.nan) for p in stack.parameter_list()]
     there.back(grad, found)
     assert torch.equal(there.y, y) and not there.y.requires_grad
@@ -159,7 +180,7 @@ def test_what_is_not_covered_is_left_alone():
     found = [torch.zeros_like(p) for p in parameters]
 
     def left(x=x, target=target, parameters=parameters):
-        return dense.regression(x, parameters, target, "silu", None, None, 1.0, found) is None
+        return dense.regression(x, dense.Stack(parameters, "silu", None, None), target, 1.0, found) is None
 
     assert left(x=x.clone().requires_grad_()) and left(target=target[:3]) and left(target=target.expand(4, 2))
     assert left(x=x.double()) and left(parameters=[p.double() for p in parameters])
@@ -168,11 +189,14 @@ def test_what_is_not_covered_is_left_alone():
         assert left()
     with torch.autocast("cpu", torch.bfloat16):
         assert left()
-    for call in (dense.slope, dense.forward_pass):
-        for inputs in (x.double(), x[:0], x[None], x.clone().requires_grad_()):
-            assert call(inputs, parameters, "silu", None, None) is None
-    members = network((5, 8, 1), 2, None)
-    assert dense.forward_pass(x, list(members.parameters()), "silu", None, None) is None
+    policy, members = stack_of(stack, "silu", None), stack_of(network((5, 8, 1), 2, None), "silu", None)
+    for inputs in (x.double(), x[:0], x[None], x.clone().requires_grad_()):
+        assert dense.forward_pass(inputs, policy) is None
+        assert dense.climb(inputs, policy, members, target, 1.0, found) is None
+    assert dense.forward_pass(x, members) is None
+    assert dense.climb(x, members, members, target, 1.0, found) is None
+    assert dense.climb(x, policy, members, target[:, :0], 1.0, found) is None
+    assert dense.climb(x, policy, members._replace(precision="bf16"), target, 1.0, found) is None
     assert not any(g.any() for g in found)
     assert not left()
 

@@ -484,35 +484,26 @@ class FqlActorAgent(abc.ABC):
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The policy's distillation loss, mean value and value term, with its gradients in place; None, and nothing
         done, where native code does not cover the network."""
-        config, known = self.config, self._known["actor_onestep_flow"]
-        onestep = self.networks.actor_onestep_flow._pass(obs, noise.action)
+        config, networks, known = self.config, self.networks, self._known["actor_onestep_flow"]
+        # What an agent climbs besides a plain critic is its own affair.
+        if type(self)._value is FqlActorAgent._value and not config.normalize_q_loss:
+            given = (obs, noise.action, networks.critic, flow_action, config.alpha, known.parts)
+            found = networks.actor_onestep_flow._climb(*given)
+            if found is not None:
+                known.attach()
+                return *found, -found[1]
+        onestep = networks.actor_onestep_flow._pass(obs, noise.action)
         if onestep is None:
             return None
-        q, slope = self._climb(obs, onestep.y, noise)
+        action = onestep.y.requires_grad_()
+        q = self._value(obs, action.clamp(-1, 1), noise)
         q_mean = q.mean()
-        q_loss = -q_mean
-        if config.normalize_q_loss:
-            scale = q.abs().mean()
-            q_loss, slope = q_loss / scale, slope / scale
-        away = onestep.y - flow_action
-        distill_loss = away.square().mean()
-        onestep.back((away * (2 * config.alpha / away.numel())).sub_(slope, alpha=1 / len(q)), known.parts)
+        q_loss = -q_mean / q.detach().abs().mean() if config.normalize_q_loss else -q_mean
+        slope = torch.autograd.grad(q_loss, action)[0]
+        away = onestep.y.detach() - flow_action
+        onestep.back((away * (2 * config.alpha / away.numel())).add_(slope), known.parts)
         known.attach()
-        return distill_loss, q_mean, q_loss
-
-    def _climb(self, obs: Tensor, action: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
-        """(`_value` of actions [B, A] within their bounds, [B, 1]; the gradients of its sum by the actions, [B, A])."""
-        # What an agent climbs besides a plain critic is its own affair.
-        if type(self)._value is FqlActorAgent._value:
-            inside = action.clamp(-1, 1)
-            found = self.networks.critic._slope(obs, inside)
-            if found is not None:
-                q, slope = found
-                return q.mean(0), slope * (inside == action) / len(q)
-        with torch.enable_grad():
-            leaf = action.detach().requires_grad_()
-            q = self._value(obs, leaf.clamp(-1, 1), noise)
-            return q.detach(), torch.autograd.grad(q.sum(), leaf)[0]
+        return away.square().mean(), q_mean.detach(), q_loss.detach()
 
     # Using what was learned -----------------------------------------------------------------------------------------
 

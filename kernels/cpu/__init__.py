@@ -31,7 +31,7 @@ from ..plan import Network
 
 OPERATORS = (
     *("walk", "walk_bwd", "loss", "loss_bwd", "matching", "policy"),
-    *("stack", "stack_bwd", "regression", "slope", "backup"),
+    *("stack", "stack_bwd", "regression", "climb", "backup"),
 )
 SOURCES = ("operators.cpp", "network.h", "product.h", "amx.h", "vector.h")
 # In the order of the enumerations in vector.h and network.h.
@@ -244,6 +244,12 @@ def describe_stack(
     for i, width in enumerate(hidden):
         ints += [width, -1, int(i > 0), max(i - 1, 0), 0]
     return Description(bf16, struct.pack(f"{len(ints)}q", *ints), struct.pack("5d", 0.0, 1.0, 1.0, eps, 1.0))
+
+
+def before(first: Description, ints: Sequence[int], second: Description) -> Description:
+    """Two networks one behind the other, each followed by what an operator's call says of it: `ints` of the first."""
+    between = struct.pack(f"{len(ints)}q", *ints)
+    return Description(second.bf16, first.ints + between + second.ints, first.reals + second.reals)
 
 
 def call(

@@ -38,7 +38,7 @@ void expect_large(void* memory, size_t size) {
 #endif
 }
 
-thread_local Workspace own_buffers, packed_weights, chunk_sums;
+thread_local Workspace own_buffers, packed_weights, packed_others, chunk_sums;
 
 template <class Do>
 void for_all(long tasks, long threads, Do what) {
@@ -949,33 +949,78 @@ void regression(Arguments& g) {
   mean[0] = float(sum / double(count));
 }
 
-// Plain networks' results y [E, M, D] and the gradients of their sum by the inputs, d_x [E, M, C], in one go.
+// A policy that climbs a critic: the mean squared distance of its actions y from given ones, alpha times, less the mean
+// value of (obs, y within [-1, 1]), and the gradients of the policy's weights, in one go as in `regression`. Its input
+// is [obs, noise]; the critic's members are averaged.
 template <bool BF>
-void slope(Arguments& g) {
-  const Call c(g);
-  float *y = g.pointer<float>(), *d_x = g.pointer<float>();
-  const auto packed = pack_weights<BF>(c, true);
-  const long D = c.net.D, most = std::max<long>(ROWS, round_up((c.E * c.M + c.threads - 1) / c.threads, ROWS));
-  const long block = std::min(c.block(), most), blocks = (c.M + block - 1) / block;
-  for_all(c.E * blocks, c.threads, [&](long task) {
-    const long e = task / blocks, first = task % blocks * block, row = e * c.M + first;
-    Block<BF> b(c.net);
-    own_buffers.hold([&](Arena& a) { b.lay(a, block, true, true); });
-    b.w = &packed[size_t(e)], b.rows = std::min(block, c.M - first);
-    b.set_cond(c.cond_of(e), first, 1);
-    b.forward(0, nullptr, 0, first, 1);
-    memset(b.d_base, 0, size_t(b.rows * c.net.layers[0].pad) * 4);
-    memset(b.d_head, 0, size_t(b.rows * c.net.pad_out) * 4);
-    for (long r = 0; r < b.rows; r++)
-      for (long j = 0; j < D; j++) {
-        y[(row + r) * D + j] = b.head[r * c.net.pad_out + j];
-        b.d_head[r * c.net.pad_out + j] = 1.0f;
+void climb(Arguments& g) {
+  const Call c(g), critic(g);
+  const double alpha = *g.reals++;
+  const float* toward = g.pointer<float>();  // [M, D]
+  float* told = g.pointer<float>();          // the mean squared distance, the mean value
+  const long block = c.block(), D = c.net.D, O = critic.net.C - D, E = critic.E;
+  Chunks<BF> chunks(c, g, true, block);
+  const auto packed = pack_weights<BF>(c, true), packed_critic = pack_weights<BF>(critic, true, packed_others);
+  std::vector<double> distance(size_t(chunks.chunks)), value(size_t(chunks.chunks));
+  const float pull = float(2.0 * alpha / double(c.M * D)), share = float(1.0 / double(c.M * E));
+  for_all(chunks.chunks, c.threads, [&](long task) {
+    const long from = task * chunks.rows, to = std::min(c.M, from + chunks.rows);
+    Block<BF> b(c.net), q(critic.net);
+    float *x, *d_x, *rise;  // the critic's inputs, their gradients, the sum of those of actions
+    own_buffers.hold([&](Arena& a) {
+      b.lay(a, block, true, true), q.lay(a, block, true, true);
+      x = a.take(block * (O + D)), d_x = a.take(block * (O + D)), rise = a.take(block * D);
+    });
+    b.w = &packed[0], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
+    chunks.begin(task);
+    for (long first = from; first < to; first += block) {
+      const long n = b.rows = q.rows = std::min(block, to - first);
+      b.set_cond(c.cond_of(0), first, 1);
+      b.forward(0, nullptr, 0, first, 1);
+      auto action = [&](long r, long j) { return b.head[r * c.net.pad_out + j]; };
+      for (long r = 0; r < n; r++) {
+        memcpy(x + r * (O + D), c.cond + (first + r) * c.net.C, size_t(O) * 4);
+        for (long j = 0; j < D; j++) {
+          const float y = action(r, j);
+          x[r * (O + D) + O + j] = y > 1.0f ? 1.0f : y < -1.0f ? -1.0f : y;
+        }
       }
-    b.backward(0, false, false, false);
-    b.cond_gradient(false, d_x + row * c.net.C);
+      memset(rise, 0, size_t(n * D) * 4);
+      for (long e = 0; e < E; e++) {
+        q.w = &packed_critic[size_t(e)];
+        q.set_cond(x, 0, 1);
+        q.forward(0, nullptr, 0, 0, 1);
+        memset(q.d_base, 0, size_t(n * critic.net.layers[0].pad) * 4);
+        memset(q.d_head, 0, size_t(n * critic.net.pad_out) * 4);
+        for (long r = 0; r < n; r++) {
+          value[size_t(task)] += q.head[r * critic.net.pad_out];
+          q.d_head[r * critic.net.pad_out] = 1.0f;
+        }
+        q.backward(0, false, false, false);
+        q.cond_gradient(false, d_x);
+        for (long r = 0; r < n; r++)
+          for (long j = 0; j < D; j++) rise[r * D + j] += d_x[r * (O + D) + O + j];
+      }
+      memset(b.d_base, 0, size_t(n * c.net.layers[0].pad) * 4);
+      memset(b.d_head, 0, size_t(n * c.net.pad_out) * 4);
+      for (long r = 0; r < n; r++)
+        for (long j = 0; j < D; j++) {
+          const float y = action(r, j), away = y - toward[(first + r) * D + j];
+          const bool inside = x[r * (O + D) + O + j] == y;
+          distance[size_t(task)] += double(away) * double(away);
+          b.d_head[r * c.net.pad_out + j] = pull * away - (inside ? share * rise[r * D + j] : 0.0f);
+        }
+      b.backward(0, true, false, false);
+      b.cond_gradient(true, nullptr);
+    }
+    chunks.finish(task);
     own_buffers.trim(KEEP);
   });
-  packed_weights.trim(KEEP);
+  chunks.join();
+  packed_weights.trim(KEEP), packed_others.trim(KEEP);
+  double sums[2] = {};
+  for (long i = 0; i < chunks.chunks; i++) sums[0] += distance[size_t(i)], sums[1] += value[size_t(i)];
+  told[0] = float(sums[0] / double(c.M * D)), told[1] = float(sums[1] / double(c.M * E));
 }
 
 // Targets -------------------------------------------------------------------------------------------------------------
@@ -1066,7 +1111,7 @@ int fastflow_loss_bwd(const int64_t* i, const double* r, void* const* p) { retur
 int fastflow_matching(const int64_t* i, const double* r, void* const* p) { return run(matching<PAIRS>, i, r, p); }
 int fastflow_policy(const int64_t* i, const double* r, void* const* p) { return run(policy<PAIRS>, i, r, p); }
 int fastflow_regression(const int64_t* i, const double* r, void* const* p) { return run(regression<PAIRS>, i, r, p); }
-int fastflow_slope(const int64_t* i, const double* r, void* const* p) { return run(slope<PAIRS>, i, r, p); }
+int fastflow_climb(const int64_t* i, const double* r, void* const* p) { return run(climb<PAIRS>, i, r, p); }
 int fastflow_backup(const int64_t* i, const double* r, void* const* p) { return run(backup, i, r, p); }
 int fastflow_stack(const int64_t* i, const double* r, void* const* p) { return run(stack<PAIRS>, i, r, p); }
 int fastflow_stack_bwd(const int64_t* i, const double* r, void* const* p) { return run(stack_bwd<PAIRS>, i, r, p); }
