@@ -18,16 +18,18 @@ class FlatGradients:
     written in place in every minibatch, with one norm and one factor for all of them.
 
     Attributes:
+        size: how many numbers they are.
         flat: the memory, 1-d; made when it is first asked for.
         parts: a gradient per parameter, in their order.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
+        self.size = sum(p.numel() for p in self.parameters)
 
     @functools.cached_property
     def flat(self) -> Tensor:
-        return self.parameters[0].detach().new_zeros(sum(p.numel() for p in self.parameters))
+        return self.parameters[0].detach().new_zeros(self.size)
 
     @functools.cached_property
     def parts(self) -> list[Tensor]:

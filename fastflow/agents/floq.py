@@ -398,8 +398,8 @@ class FloqAgent(FqlActorAgent):
         """The mean loss of a walk, from the same start as the walk that gave its value; see `_losses` for `direct`."""
         floq, error = self.networks.floq, self.config.prediction
         time = torch.zeros_like(noise.time) if self.config.train_at_zero_only else noise.time
-        if direct:
-            known = self._known["floq"]
+        known = self._one_pass("floq", noise.start.numel(), direct)
+        if known is not None:
             rows = (floq.start(noise.start).unsqueeze(-1), target.unsqueeze(-1), time, torch.cat((obs, actions), -1))
             options = {"error": error, "backend": floq.backend, "precision": floq.precision}
             scale = float(self.config.noise_samples)

@@ -28,6 +28,7 @@ from fastflow.agents.checks import check_config, check_state, check_tensor, chec
 from fastflow.agents.descent import Descent, FlatGradients
 from fastflow.fields import DenseStack
 from fastflow.flops import forward_flops, training_flops
+from fastflow.kernels.cpu import ONE_THREAD
 from fastflow.matching_gradients import matching_gradients
 from fastflow.modules import FlowPolicy, OneStepPolicy
 
@@ -362,8 +363,8 @@ class FqlActorAgent(abc.ABC):
         """The plain critic's mean squared distance from target [B], 0-d, and its values [E, B]; see `_losses` for
         `direct`."""
         critic = self.networks.critic
-        if direct:
-            known = self._known["critic"]
+        known = self._one_pass("critic", len(obs), direct)
+        if known is not None:
             found = critic._regression(obs, action, target, 1.0, known.parts)
             if found is not None:
                 known.attach()
@@ -440,6 +441,12 @@ class FqlActorAgent(abc.ABC):
         metrics |= {f"actor/{name}": value.detach() for name, value in actor_metrics.items()}
         return critic_loss, actor_loss, metrics
 
+    def _one_pass(self, name: str, rows: int, direct: bool) -> FlatGradients | None:
+        """Where the gradients of the network `name` go if native code computes them along with its loss; else None.
+        Work for several threads takes autograd's two passes, the first of which is shared out in smaller parts."""
+        known = self._known[name]
+        return known if direct and known.size * rows < ONE_THREAD else None
+
     def _actor_loss(
         self, obs: Tensor, actions: Tensor, noise: FqlActorNoise, direct: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -447,7 +454,7 @@ class FqlActorAgent(abc.ABC):
         bc_flow_loss = self._bc_flow_loss(obs, actions, noise, direct)
         with torch.no_grad():
             flow_action = flow(obs, noise.action)
-        found = self._onestep_loss(obs, flow_action, noise) if direct else None
+        found = self._onestep_loss(obs, flow_action, noise, direct)
         if found is None:
             action = self.networks.actor_onestep_flow(obs, noise.action, raw=True)
             distill_loss = (action - flow_action).square().mean()
@@ -469,8 +476,8 @@ class FqlActorAgent(abc.ABC):
 
     def _bc_flow_loss(self, obs: Tensor, actions: Tensor, noise: FqlActorNoise, direct: bool) -> Tensor:
         flow = self.networks.actor_bc_flow
-        if direct:
-            known = self._known["actor_bc_flow"]
+        known = self._one_pass("actor_bc_flow", len(actions), direct)
+        if known is not None:
             rows = (noise.bc_noise.unsqueeze(1), actions, noise.bc_time.unsqueeze(1), obs)
             options = {"backend": flow.backend, "precision": flow.precision}
             loss = matching_gradients(flow.field, *rows, gradients=known.parts, **options)
@@ -480,11 +487,14 @@ class FqlActorAgent(abc.ABC):
         return flow.loss(obs, actions, noise.bc_noise, noise.bc_time)
 
     def _onestep_loss(
-        self, obs: Tensor, flow_action: Tensor, noise: FqlActorNoise
+        self, obs: Tensor, flow_action: Tensor, noise: FqlActorNoise, direct: bool
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The policy's distillation loss, mean value and value term, with its gradients in place; None, and nothing
-        done, where native code does not cover the network."""
-        config, networks, known = self.config, self.networks, self._known["actor_onestep_flow"]
+        done, where native code does not do that, see `_one_pass`."""
+        config, networks = self.config, self.networks
+        known = self._one_pass("actor_onestep_flow", len(obs), direct)
+        if known is None:
+            return None
         # What an agent climbs besides a plain critic is its own affair.
         if type(self)._value is FqlActorAgent._value and not config.normalize_q_loss:
             given = (obs, noise.action, networks.critic, flow_action, config.alpha, known.parts)

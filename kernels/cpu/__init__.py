@@ -39,6 +39,7 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "elu", "mish", "tanh")
 NORMS = ("none", "after", "before", "film")
 EMBEDDINGS = ("identity", "scaled", "hl_gauss")
 PREDICTIONS = ("velocity", "endpoint", "noise")
+ONE_THREAD = 8_000_000  # multiplications up to which a call stays on one thread: twice WORTH in operators.cpp
 COLS = 32  # columns that widths are padded to with AVX-512; narrower machines pad to fewer
 
 
