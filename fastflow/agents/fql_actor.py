@@ -437,8 +437,10 @@ class FqlActorAgent(abc.ABC):
         next_obs = self._normalize(batch["next_observations"])
         critic_loss, critic_metrics = self._critic_loss(obs, next_obs, batch, noise, direct)
         actor_loss, actor_metrics = self._actor_loss(obs, batch["actions"], noise, direct)
-        metrics = {f"critic/{name}": value.detach() for name, value in critic_metrics.items()}
-        metrics |= {f"actor/{name}": value.detach() for name, value in actor_metrics.items()}
+        metrics = {f"critic/{name}": value for name, value in critic_metrics.items()}
+        metrics |= {f"actor/{name}": value for name, value in actor_metrics.items()}
+        # What native code has computed has no graph.
+        metrics = {name: value.detach() if value.requires_grad else value for name, value in metrics.items()}
         return critic_loss, actor_loss, metrics
 
     def _one_pass(self, name: str, rows: int, direct: bool) -> FlatGradients | None:

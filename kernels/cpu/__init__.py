@@ -265,7 +265,12 @@ def call(
     Raises:
         MemoryError: no room for its buffers.
     """
-    Prepared(name, network, ints, reals)(tensors)
+    _prepared(name, network, tuple(ints), tuple(reals))(tensors)
+
+
+@functools.lru_cache(maxsize=512)
+def _prepared(name: str, network: Description, ints: tuple[int, ...], reals: tuple[float, ...]) -> Prepared:
+    return Prepared(name, network, ints, reals)
 
 
 class Prepared:
