@@ -55,13 +55,13 @@ def single(given):
     return [copy.deepcopy(field).float(), *(x.float() for x in tensors)]
 
 
-def by_autograd(given, error, scale):
+def by_autograd(given, error, scale, precision=None):
     field, x_0, x_1, t, cond = given
     members = field.spec.ensemble
     if members is not None:
         x_0 = x_0.expand(members, *x_0.shape)
     x_1 = x_1 if x_1.dim() == 3 else x_1.unsqueeze(1).expand(given[1].shape)
-    loss = ff.flow_matching_loss(field, x_0, x_1, t, cond, error=error, backend="reference")
+    loss = ff.flow_matching_loss(field, x_0, x_1, t, cond, error=error, backend="reference", precision=precision)
     return loss.detach(), torch.autograd.grad(scale * loss, field.parameter_list())
 
 
@@ -90,6 +90,21 @@ def test_gradients_err_no_more_than_pytorchs(name, error, scale):
     flat = [torch.cat(of_all) for of_all in every]
     error_of, other = ((x - flat[2]).square().mean().sqrt() for x in flat[:2])
     assert error_of <= 2 * other + 3e-7 * flat[2].square().mean().sqrt()
+
+
+@pytest.mark.parametrize("name", ["floq", "policy"])
+def test_products_of_bfloat16_err_no_more_than_pytorchs(name):
+    exact = problem(SPECS[name], 500, 2, True)
+    mine, eager = single(exact), single(exact)
+    truth = by_autograd(exact, "velocity", 1.0)[1]
+    found = gradients_of(mine[0])
+    assert matching_gradients(*mine, gradients=found, precision="bf16") is not None
+    theirs = by_autograd(eager, "velocity", 1.0, "bf16")[1]
+    size, error_of, other = (
+        torch.cat([(g.double() - t * (of is not truth)).flatten() for g, t in zip(of, truth, strict=True)]).norm()
+        for of in (truth, found, theirs)
+    )
+    assert error_of <= 2 * other + 3e-7 * size and other > 1e-5 * size
 
 
 def test_threads_change_no_bit():
