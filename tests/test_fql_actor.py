@@ -137,6 +137,20 @@ def test_an_update_has_the_gradients_of_its_losses(name, settings):
         torch.testing.assert_close(told[key], value, rtol=1e-5, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("frozen", ["actor_onestep_flow", "actor_bc_flow", "critic"])
+def test_what_wants_no_gradient_is_not_trained(name, frozen):
+    agent = make(name)
+    frozen = "critic_flow" if name == "value-flows" and frozen == "critic" else frozen
+    network = getattr(agent.networks, frozen).requires_grad_(False)
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    for _ in range(2):
+        agent.update(random_batch())
+    assert all(p.grad is None for p in network.parameters())
+    for key, value in agent.networks.trained().items():
+        assert torch.equal(before[key], value) == key.startswith(f"{frozen}."), key
+
+
 # Native code, eager PyTorch and the truth.
 VERSIONS = [(torch.float32, "auto"), (torch.float32, "reference"), (torch.float64, "reference")]
 

@@ -47,7 +47,8 @@ class Descent:
     long to look at what it holds.
 
     Args:
-        optimizer: whose state has a moment for every parameter; its hyperparameters are read at every step.
+        optimizer: whose state has moments for every parameter, without amsgrad and maximize; its other hyperparameters
+            are read at every step.
     """
 
     def __init__(self, optimizer: torch.optim.Adam) -> None:
@@ -60,7 +61,7 @@ class Descent:
         groups = self.optimizer.param_groups
         grads = [[p.grad for p in group["params"]] for group in groups]
         complete = all(grad is not None and grad.is_cpu for of_group in grads for grad in of_group)
-        if not complete or not all(group["fused"] for group in groups):
+        if torch.compiler.is_compiling() or not complete or not all(group["fused"] for group in groups):
             self.optimizer.step()
             return
         state = self.optimizer.state
