@@ -720,6 +720,8 @@ def test_learning_rate():
         ({"critic_target": "sarsa"}, ValueError, "critic_target must be one of"),
         ({"target_noise": -1.0}, ValueError, "target_noise must be at least 0"),
         ({"freeze_features_at": -1}, ValueError, "freeze_features_at must be at least 0"),
+        ({"num_candidates": 0}, ValueError, "num_candidates must be at least 1"),
+        ({"clip_values": 1}, TypeError, "clip_values must be True or False"),
         ({"use_resnets": 1}, TypeError, "use_resnets must be True or False"),
         ({"num_transformations": 0}, ValueError, "num_transformations must be at least 1"),
         ({"time_embed_dim": 0}, ValueError, "time_embed_dim must be"),
