@@ -61,6 +61,7 @@ class Statement:
         self.c, self.batch, self.n = c, batch, n
         self.low, self.high = (r_min - c.reward_offset) * horizon, (r_max + c.reward_offset) * horizon
         self.noise_low, self.noise_high = c.noise_coverage * r_min * horizon, c.noise_coverage * r_max * horizon
+        self.lowest, self.highest = r_min * horizon, r_max * horizon
         self.shape = (c.flow_num_ensembles, len(batch["rewards"]), c.noise_samples)
 
     # Networks
@@ -107,6 +108,19 @@ class Statement:
         x = np.broadcast_to(x, (self.c.num_ensembles, *x.shape))
         return network(p, "critic.network", x, self.c.layer_norm)[..., 0]
 
+    def best(self, p, obs, noise):
+        """Of the actions on noise [B, S, N, A], the one of highest value by the distilled critic."""
+        obs = np.repeat(obs[:, :, None], self.c.num_candidates, axis=2)
+        actions = clip(self.actor(p, obs, noise))
+        values = self.possible(self.critic(p, obs, actions).mean(0))
+        chosen = np.empty(actions.shape[:2] + actions.shape[3:])
+        for b, s in np.ndindex(chosen.shape[:2]):
+            chosen[b, s] = max(zip(values[b, s], actions[b, s], strict=True), key=lambda pair: pair[0])[1]
+        return chosen
+
+    def possible(self, values):
+        return np.clip(values, self.lowest, self.highest) if self.c.clip_values else values
+
     def bc_velocity(self, p, x, t):
         x = np.concatenate([self.batch["observations"], x, t], -1)
         return network(p, "actor_bc_flow.field", x, self.c.actor_layer_norm)
@@ -120,13 +134,16 @@ class Statement:
         if c.critic_target == "returns":
             y = self.samples(batch["returns"])
         else:
-            next_act = clip(self.actor(p, self.samples(next_obs), n["next_action"]))
+            if c.num_candidates > 1:
+                next_act = self.best(p, self.samples(next_obs), n["next_action"])
+            else:
+                next_act = clip(self.actor(p, self.samples(next_obs), n["next_action"]))
             if c.critic_target == "data":
                 next_act = self.samples(batch["next_actions"])
             next_q = self.walk(
                 p, "target_floq", np.concatenate([self.samples(next_obs), next_act], -1), n["target_start"]
             )
-            next_q = next_q.min(0) if c.q_agg == "min" else next_q.mean(0)
+            next_q = self.possible(next_q.min(0) if c.q_agg == "min" else next_q.mean(0))
             y = batch["rewards"][:, None] + c.discount * batch["masks"][:, None] * next_q
             if c.backup == "expected":
                 y = self.samples(y.mean(1))

@@ -36,8 +36,9 @@ def problem(e, b, s, dtype=torch.float32):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(rule.values()))
 @pytest.mark.parametrize("sizes", [(2, 256, 1), (1, 1, 1), (3, 37, 8), (2, 2, 2)])
 @pytest.mark.parametrize("noisy", [False, True])
-def test_native_targets_are_those_of_pytorch(rule, sizes, noisy):
-    backup = make(**rule)
+@pytest.mark.parametrize("clip", [None, (-0.4, 0.3)])
+def test_native_targets_are_those_of_pytorch(rule, sizes, noisy, clip):
+    backup = make(**rule, clip=clip)
     *given, noise = problem(*sizes)
     *exact, noise_64 = problem(*sizes, torch.float64)
     found = backup(*given, noise if noisy else None, native=True)
@@ -58,10 +59,11 @@ def flat(found):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("rule", RULES[:4], ids=lambda rule: "-".join(rule.values()))
 @pytest.mark.parametrize("where", ["target_q", "q"])
-def test_numbers_that_are_not_finite_are_told_alike(bad, rule, where):
+@pytest.mark.parametrize("clip", [None, (-0.4, 0.3)])
+def test_numbers_that_are_not_finite_are_told_alike(bad, rule, where, clip):
     target_q, q, batch, noise = problem(2, 5, 3)
     (target_q if where == "target_q" else q)[1, 2, 1] = bad
-    backup = make(**rule)
+    backup = make(**rule, clip=clip)
     for mine, theirs in zip(
         flat(backup(target_q, q, batch, noise, True)), flat(backup(target_q, q, batch, noise, False)), strict=True
     ):

@@ -3,6 +3,7 @@ cost."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ CASES = {
     },
     "floq-scalar": {"block_width": 8, "block_depth": 1, "use_prob_embed": False, "flow_num_ensembles": 3},
     "floq-resnet": {"use_resnets": True, "block_width": 6, "block_depth": 2, "num_transformations": 3},
+    "floq-candidates": {"block_width": 8, "noise_samples": 2, "num_candidates": 3, "num_ensembles": 3},
     "fql": {"num_ensembles": 3},
     "fql-resnet": {"use_resnets": True, "block_width": 6, "block_depth": 2, "num_transformations": 3},
     "fql-iqn": {"num_quantiles": 3, "quantile_embed_dim": 5},
@@ -34,7 +36,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_pytorch_counts(case):
-    name = case.removesuffix("-scalar").removesuffix("-resnet").removesuffix("-rpg")
+    name = re.sub("-(scalar|candidates|resnet|rpg)$", "", case)
     config = agents.config_class(name)(**TINY, **CASES[case])
     agent = agents.make(name, config, obs_dim=O, action_dim=A, reward_range=(-1.0, 0.0))
     batch = random_batch()

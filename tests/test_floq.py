@@ -123,6 +123,9 @@ VARIANTS = {
     "sarsa_noise": {"critic_target": "data", "target_noise": 2.0},
     "distributional_noise": {"backup": "distributional", "target_noise": 2.0},
     "monte_carlo": {"critic_target": "returns"},
+    "candidates": {"num_candidates": 3, "q_agg": "min", "num_ensembles": 3},
+    # The range is [-2.2, 0] then, and some values are outside.
+    "clipped_candidates": {"num_candidates": 2, "clip_values": True, "discount": 0.1, "noise_samples": 1},
 }
 
 
@@ -352,6 +355,8 @@ def test_noise():
         x = getattr(noise, name)
         assert x.min() >= 0 and x.max() < 1 and abs(x.mean() - 0.5) < 0.03
     assert not torch.equal(noise.target_start, noise.start)
+    choosing = make_agent(noise_samples=4, num_candidates=3).sample_noise(random_batch(rows=20))
+    assert choosing.next_action.shape == (20, 4, 3, A) and choosing.action.shape == (20, A)
     noisy = make_agent(noise_samples=4, target_noise=1.0).sample_noise(random_batch(rows=2000))
     assert torch.equal(noisy.start, noise.start) and abs(noisy.target.std() - 1) < 0.05
 
@@ -412,6 +417,51 @@ def test_act():
     assert torch.equal(actions, agent.act(obs, torch.Generator().manual_seed(1)))
     assert not torch.equal(actions, agent.act(obs))
     assert agent.act(obs[:0]).shape == (0, A)
+
+
+@pytest.mark.parametrize("clip_values", [False, True])
+def test_act_on_the_best_of_candidates(clip_values):
+    mean, std = (x.double() for x in STATISTICS)
+    agent = make_agent(torch.float64, statistics=(mean, std), num_candidates=4, clip_values=clip_values)
+    disturb(agent)
+    with torch.no_grad():
+        agent.networks.critic.network.layers[-1].bias += 0.8  # some values are above 0, and some are not
+    obs = torch.randn(50, O, dtype=torch.float64)
+    actions = agent.act(obs, torch.Generator().manual_seed(1))
+    assert actions.shape == (50, A) and not actions.requires_grad
+    assert torch.equal(actions, agent.act(obs, torch.Generator().manual_seed(1)))
+    assert agent.act(obs[:0]).shape == (0, A)
+    with pytest.raises(ValueError, match=r"observations must be \[N, 3\]"):
+        agent.act(obs[:, :2])
+    noise = torch.randn(50, 4, A, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    networks, scaled = agent.networks, (obs - mean) / std
+    alike = 0
+    for row, z, action in zip(scaled, noise, actions, strict=True):
+        candidates = networks.actor_onestep_flow(row.expand(4, O), z)
+        values = networks.critic(row.expand(4, O), candidates).mean(0).squeeze(-1)
+        found = int((candidates - action).abs().sum(-1).argmin())
+        torch.testing.assert_close(candidates[found], action)
+        if clip_values:
+            values = values.clamp(-200.0, 0.0)
+            alike += int((values == 0).sum() > 1)
+        torch.testing.assert_close(values[found], values.max())
+    assert (0 < alike < 50) == clip_values
+
+
+def test_next_values_are_clipped_to_what_rewards_can_add_up_to():
+    agents_ = [make_agent(torch.float64, clip_values=clipped) for clipped in (False, True)]
+    batch = random_batch(torch.float64)
+    for bias, bound in ((500.0, 0.0), (-500.0, -200.0)):
+        for agent in agents_:
+            with torch.no_grad():
+                agent.networks.target_floq.field.layers[-1].bias.fill_(bias)
+        noise = agents_[0].sample_noise(batch)
+        free, clipped = (agent.losses(batch, noise)[2] for agent in agents_)
+        expected = (batch["rewards"] + 0.99 * batch["masks"] * bound).mean()
+        torch.testing.assert_close(clipped["critic/target_mean"], expected)
+        assert (free["critic/target_mean"] - expected).abs() > 10
+        # Walks are counted as they are.
+        assert torch.equal(free["critic/outside_range"], clipped["critic/outside_range"])
 
 
 def test_flow_paths():
@@ -670,6 +720,8 @@ def test_learning_rate():
         ({"critic_target": "sarsa"}, ValueError, "critic_target must be one of"),
         ({"target_noise": -1.0}, ValueError, "target_noise must be at least 0"),
         ({"freeze_features_at": -1}, ValueError, "freeze_features_at must be at least 0"),
+        ({"num_candidates": 0}, ValueError, "num_candidates must be at least 1"),
+        ({"clip_values": 1}, TypeError, "clip_values must be True or False"),
         ({"use_resnets": 1}, TypeError, "use_resnets must be True or False"),
         ({"num_transformations": 0}, ValueError, "num_transformations must be at least 1"),
         ({"time_embed_dim": 0}, ValueError, "time_embed_dim must be"),

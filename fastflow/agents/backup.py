@@ -7,6 +7,7 @@ Letters: B batch, E members, S noise samples per transition.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Backup:
 
     Args:
         value_range: beside it, values are counted as outside.
+        clip: what values of next actions are clipped to, if anything.
     """
 
     q_agg: str
@@ -52,6 +54,7 @@ class Backup:
     discount: float
     target_noise: float
     value_range: tuple[float, float]
+    clip: tuple[float, float] | None = None
 
     def __call__(
         self, target_q: Tensor, q: Tensor, batch: Mapping[str, Tensor], noise: Tensor | None, native: bool
@@ -88,6 +91,8 @@ class Backup:
             rewards, masks = batch["rewards"], batch["masks"]
             # Over members first, for each noise sample; then over noise samples.
             next_q = target_q.amin(0) if self.q_agg == "min" else target_q.mean(0)
+            if self.clip is not None:
+                next_q = next_q.clamp(*self.clip)
             if self.backup == "expected":
                 next_q = next_q.mean(-1)
             else:
@@ -112,7 +117,7 @@ class Backup:
         rewards, masks = rows[0], rows[1] if bootstrapped else None
         target, value, told = q.new_empty((b, s) if each else b), q.new_empty(b), q.new_empty(len(_TOLD))
         ints = (e, b, s, int(self.q_agg == "min"), int(each))
-        reals = (self.discount, self.target_noise, *self.value_range)
+        reals = (self.discount, self.target_noise, *self.value_range, *(self.clip or (-math.inf, math.inf)))
         tensors = (target_q.contiguous(), q.contiguous(), rewards, masks, None if noise is None else rows[-1])
         call("backup", NO_NETWORK, ints, reals, (*tensors, target, value, told))
         return Learnt(target, value, dict(zip(_TOLD, told.unbind(), strict=True)))

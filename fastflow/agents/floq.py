@@ -106,6 +106,12 @@ class FloqConfig(FqlActorConfig):
     """Whether the flow critic's hidden layers apply LayerNorm behind the activation, or before it."""
     value_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
     """Hidden layers of the distilled critic."""
+    num_candidates: int = 1
+    """N: acting and the critic's target take, of N actions of the one-step policy, the one that the distilled critic
+    values most. 1 is the published algorithm."""
+    clip_values: bool = False
+    """Clip to what rewards can add up to, [r_min, r_max] / (1 - discount): values of next actions in the critic's
+    target, and those that candidates are compared by. The published algorithm does not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +135,7 @@ _LEAST = {
     "block_depth": 1,
     "num_transformations": 1,
     "freeze_features_at": 0,
+    "num_candidates": 1,
 }
 _RANGES = {
     "noise_coverage": (lambda x: x >= 0, "at least 0"),
@@ -184,13 +191,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     DEMO_NAME: _DEMO,
     # The same networks where walls stand between places and the data have no row near most corners (docs/floq.md,
-    # "Robust learning"). It expects observations scaled to a standard deviation of 12.
+    # "Robust learning").
     "pointmaze-medium-navigate/cpu": {
         **_DEMO,
-        # The less, the more the policy goes wherever the critic says, also where that knows nothing.
-        "alpha": 2.0,
-        # It makes the policy slow, and values of a slow policy differ from place to place only at a long horizon.
-        "discount": 0.998,
+        # The one-step policy stays with the data, which go back and forth, and the best of four actions goes the right
+        # way. A smaller alpha tilts it to wherever the critic says, also where that knows nothing.
+        "alpha": 10.0,
+        "num_candidates": 4,
+        # No value can be above 0; behind the goal, where there are no data, the critic's are.
+        "clip_values": True,
+        "discount": 0.995,
         # Values come down from 0 in some 1 / (1 - discount) moves of the target.
         "tau": 0.05,
         # A walk of this field ends about as far from others as it began, and one walk is one target: what it begins
@@ -210,9 +220,8 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
     "pointmaze-medium-navigate/cpu": {
         **DEMO_LOOP,
         "steps": 12_000,
-        # A cell of the maze is 9 units wide then, so that values on the two sides of a wall have less to do with each
-        # other.
-        "observation_scale": 12.0,
+        "eval_interval": 2_000,
+        "save_interval": 2_000,
     },
 }
 """Defaults of the training loop that go with a preset; its general ones go with the published presets."""
@@ -234,7 +243,8 @@ class FloqNoise(FqlActorNoise):
     """All random numbers of one update."""
 
     next_action: Tensor
-    """Gaussian, [B, S, A]: noise of a fresh next action for every noise sample."""
+    """Gaussian, [B, S, A]: noise of a fresh next action for every noise sample; [B, S, N, A] with N candidates for
+    it."""
     target_start: Tensor
     """Uniform, [B, S]: where the target's walks start."""
     start: Tensor
@@ -364,12 +374,13 @@ class FloqAgent(FqlActorAgent):
     def sample_noise(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> FloqNoise:
         """Fresh noise for one update on `batch`, from `generator` or the agent's own."""
         b, s, a = batch["actions"].shape[0], self.config.noise_samples, self.action_dim
+        n = self.config.num_candidates
         options = self._noise_options(generator)
         # Two draws, cut into pieces: on small problems launches cost more than numbers.
-        next_action, bc_noise, action = torch.randn((s + 2) * b, a, **options).split((s * b, b, b))
+        next_action, bc_noise, action = torch.randn((n * s + 2) * b, a, **options).split((n * s * b, b, b))
         target_start, start, time, bc_time = torch.rand((3 * s + 1) * b, **options).split((s * b, s * b, s * b, b))
         return FloqNoise(
-            next_action=next_action.view(b, s, a),
+            next_action=next_action.view(b, s, a) if n == 1 else next_action.view(b, s, n, a),
             target_start=target_start.view(b, s),
             start=start.view(b, s),
             time=time.view(b, s),
@@ -411,8 +422,9 @@ class FloqAgent(FqlActorAgent):
 
     @functools.cached_property
     def _backup(self) -> Backup:
-        names = [field.name for field in dataclasses.fields(Backup) if field.name != "value_range"]
-        return Backup(**{name: getattr(self.config, name) for name in names}, value_range=self._value_range)
+        names = ("q_agg", "backup", "critic_target", "discount", "target_noise")
+        fixed = {name: getattr(self.config, name) for name in names}
+        return Backup(**fixed, value_range=self._value_range, clip=self._clip_range)
 
     @property
     def _value_range(self) -> tuple[float, float]:
@@ -432,6 +444,8 @@ class FloqAgent(FqlActorAgent):
         next_obs = next_obs.unsqueeze(1).expand(b, s, self.obs_dim)
         if config.critic_target == "data":
             next_actions = batch["next_actions"].unsqueeze(1).expand(b, s, self.action_dim)
+        elif config.num_candidates > 1:
+            next_actions = self._choose(next_obs, noise.next_action)
         else:
             next_actions = self.networks.actor_onestep_flow(next_obs, noise.next_action)
         next_cond = torch.cat((next_obs, next_actions), -1).view(1, b * s, -1)
@@ -448,6 +462,31 @@ class FloqAgent(FqlActorAgent):
         )
         target_q, q = z.view(2, e, b, s)
         return target_q, q
+
+    def _choose(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Actions [..., A] for normalised obs [..., O]: of the one-step policy's on noise [..., N, A], those that the
+        distilled critic values most. Where clipping makes all alike, that is any."""
+        obs = obs.unsqueeze(-2).expand(*noise.shape[:-1], self.obs_dim)
+        actions = self.networks.actor_onestep_flow(obs, noise)
+        values = self.networks.critic(obs, actions).mean(0)
+        if self._clip_range is not None:
+            values = values.clamp(*self._clip_range)
+        return actions.take_along_dim(values.argmax(-2, keepdim=True), -2).squeeze(-2)
+
+    @property
+    def _clip_range(self) -> tuple[float, float] | None:
+        """What rewards can add up to, where values are clipped to it."""
+        low, high = (r / (1.0 - self.config.discount) for r in self.reward_range)
+        return (low, high) if self.config.clip_values else None
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """See `FqlActorAgent.act`; with `num_candidates`, the best of as many actions."""
+        if self.config.num_candidates == 1:
+            return super().act(observations, generator)
+        self._check("observations", observations, (None, self.obs_dim))
+        shape = (len(observations), self.config.num_candidates, self.action_dim)
+        return self._choose(self._normalize(observations), torch.randn(shape, **self._noise_options(generator)))
 
     @torch.no_grad()
     def flow_paths(self, observations: Tensor, actions: Tensor, noise: Tensor) -> Tensor:
@@ -534,10 +573,14 @@ def flops(config: FloqConfig, obs_dim: int, action_dim: int) -> dict[str, int]:
     critic = (cond, *config.value_hidden_dims, 1)
     onestep = (cond, *config.actor_hidden_dims, action_dim)
     walk = forward_flops(field, config.critic_flow_steps * walkers)
+    choices = rows * config.noise_samples * config.num_candidates
+    next_actions = forward_flops(onestep, choices)
+    if config.num_candidates > 1:
+        next_actions += forward_flops(critic, config.num_ensembles * choices)
     return {
         "target": walk,
         "current value": walk,
-        "next actions": forward_flops(onestep, 0 if config.critic_target == "data" else rows * config.noise_samples),
+        "next actions": 0 if config.critic_target == "data" else next_actions,
         "critic": training_flops(field, walkers),
         "distilled critic": training_flops(critic, config.num_ensembles * rows),
         "value of the policy": input_gradient_flops(critic, config.num_ensembles * rows),

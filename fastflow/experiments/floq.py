@@ -310,7 +310,7 @@ FEATURE_NORM = Experiment(
 )
 
 # Data: fastflow collect pointmaze-medium-navigate-v0 --dataset-dir data --episodes 300. Every other arm changes one
-# thing of the preset: three take a setting back to that of the arena, one looks less far ahead with as much of a tilt.
+# thing of the preset, but for the last: without candidates, alpha and discount are those that did best.
 MEDIUM = Experiment(
     name="floq-medium",
     title="floq on pointmaze-medium",
@@ -318,10 +318,22 @@ MEDIUM = Experiment(
     question="Why does a small floq learn the medium maze and then lose it, and what keeps it?",
     arms=(
         _arm("cpu", "preset", after="maze"),
-        _arm("scale4", "observations scaled to 4", {"observation_scale": 4.0}, after="maze"),
+        _arm("scale12", "observations scaled to 12", {"observation_scale": 12.0}, after="maze"),
         _arm("kappa0.03", "kappa 0.03", {"agent.noise_coverage": 0.03}, after="maze"),
-        _arm("alpha0.3", "alpha 0.3", {"agent.alpha": 0.3}, after="maze"),
-        _arm("gamma0.995", "gamma 0.995, alpha 1", {"agent.discount": 0.995, "agent.alpha": 1.0}, after="maze"),
+        _arm("unclipped", "values not clipped", {"agent.clip_values": False}, after="maze"),
+        _arm("candidates8", "8 candidates", {"agent.num_candidates": 8}, after="maze"),
+        _arm(
+            "one",
+            "one candidate, not clipped; alpha 2, gamma 0.998, scaled to 12",
+            {
+                "agent.num_candidates": 1,
+                "agent.clip_values": False,
+                "agent.alpha": 2.0,
+                "agent.discount": 0.998,
+                "observation_scale": 12.0,
+            },
+            after="maze",
+        ),
     ),
     sizes={
         "small": Size(

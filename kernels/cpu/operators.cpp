@@ -1030,6 +1030,7 @@ void backup(Arguments& g) {
   const long E = g.integer(), B = g.integer(), S = g.integer();
   const bool least = g.integer() != 0, each = g.integer() != 0;
   const float discount = g.real(), noise_scale = g.real(), low = g.real(), high = g.real();
+  const float clip_low = g.real(), clip_high = g.real();
   const float *z = g.pointer<float>(), *q = g.pointer<float>();            // [E, B, S]: the target's, the online ones
   const float *rewards = g.pointer<float>(), *masks = g.pointer<float>();  // [B]; without masks rewards are returns
   const float* noise = g.pointer<float>();                                 // [B] or null
@@ -1048,9 +1049,9 @@ void backup(Arguments& g) {
         const float x = z[(e * B + b) * S + s];
         sum += x, smallest = smallest != smallest ? smallest : smaller(smallest, x);
       }
-      const double one = least ? double(smallest) : double(float(sum / double(E)));
+      const float one = std::min(std::max(least ? smallest : float(sum / double(E)), clip_low), clip_high);
       next += one;
-      if (each) target[b * S + s] = rewards[b] + discount * masks[b] * float(one);
+      if (each) target[b * S + s] = rewards[b] + discount * masks[b] * one;
     }
     if (!each) target[b] = masks ? rewards[b] + discount * masks[b] * float(next / double(S)) : rewards[b];
     for (long e = 0; e < E; e++) {
