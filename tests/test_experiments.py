@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -416,7 +417,13 @@ def test_failing_arm_is_named_and_the_others_go_on(done):
     assert str(folder / "broken" / "seed0.log") in failure
     assert "critic_flow_steps" in failure
     assert len(failure.splitlines()) <= 6
-    assert sum(line.endswith(" s") and ": done, " in line for line in lines) == 2
+    taken = [re.search(r"\] (k\d) seed 0: done, (\d+) s$", line) for line in lines]
+    taken = {match[1]: int(match[2]) for match in taken if match}
+    assert sorted(taken) == ["k1", "k2"]
+    for arm, seconds in taken.items():  # with training, not only what was measured behind it
+        with open(folder / arm / "seed0" / "eval.csv", newline="", encoding="utf-8") as file:
+            *_, last = csv.DictReader(file)
+        assert seconds >= round(float(last["time/total_time"]))
     text = (folder / "summary.md").read_text(encoding="utf-8")
     # Seed 1 is declared, though it was not asked for yet.
     assert "- Runs: 2 of 6 finished; missing: k1 seed 1, k2 seed 1, broken seed 0, broken seed 1\n" in text

@@ -385,10 +385,10 @@ class _Job:
 class _Process:
     """A command of a job under way."""
 
-    def __init__(self, job: _Job, stage: str, command: Sequence[str], threads: int) -> None:
+    def __init__(self, job: _Job, stage: str, command: Sequence[str], threads: int, began: float | None = None) -> None:
         self.job = job
         self.stage = stage
-        self.began = time.perf_counter()
+        self.began = time.perf_counter() if began is None else began  # with the job's first command
         job.log.parent.mkdir(parents=True, exist_ok=True)
         job.clear()
         self._log: TextIO = open(job.log, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the process
@@ -472,7 +472,7 @@ def _work(
                     following = process.job.next()
                     code = process.process.returncode
                     if code == 0 and following is not None and following[0] != process.stage:
-                        active.append(_Process(process.job, *following, threads))
+                        active.append(_Process(process.job, *following, threads, process.began))
                         continue
                     taken = time.perf_counter() - process.began
                     place = f"[{count - len(waiting) - len(active)} of {count}] {process.job.name}"
