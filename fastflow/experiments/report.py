@@ -499,7 +499,7 @@ def _draw_lines(axis: Axes, experiment: Experiment, found: Sequence[Result], met
     places = sorted({arm.x for arm in experiment.arms if arm.x is not None})
     _set_scale(axis, "x", places, log=places[0] > 0 and places[-1] >= 8 * places[0])
     if len(places) <= 8:
-        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.set_xticks(places, _labels_apart(axis, places))
         axis.set_xticks([], minor=True)
     axis.set_xlabel(experiment.x or "")
     axis.set_title(_title(metric))
@@ -575,6 +575,17 @@ def _draw_rows(axis: Axes, experiment: Experiment, found: Sequence[Result], metr
     axis.set_ylim(len(names) - 0.5, -0.5 - (0.35 if any(other.floor for other in experiment.metrics) else 0))
     axis.set_title(_title(metric))
     _set_scale(axis, "x", [*every, *floors.values()], log=metric.log)
+
+
+def _labels_apart(axis: Axes, places: Sequence[float]) -> list[str]:
+    """A label for each of the ascending places; none for those that would touch the label before."""
+    at = axis.transAxes.inverted().transform(axis.transData.transform([(place, 0.0) for place in places]))[:, 0]
+    labels, last = [], -math.inf
+    for place, x in zip(places, at, strict=True):
+        free = x - last > 0.07
+        labels.append(f"{place:g}" if free else "")
+        last = x if free else last
+    return labels
 
 
 def _title(metric: Metric) -> str:
