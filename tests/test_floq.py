@@ -612,7 +612,7 @@ puzzle-4x4-play               1000  .99   256  mean  4  noise_coverage=.25   noi
 def test_published_presets():
     rows = [line.split() for line in TABLE.strip().splitlines()]
     names = {row[0] + suffix for row in rows for suffix in ("", "/best", "/online")}
-    assert set(PRESETS) == names | {"pointmaze-arena-demo", "pointmaze-medium-navigate/cpu"}
+    assert set(PRESETS) == names | {"pointmaze-arena-demo", "pointmaze-medium-navigate/cpu", "cube-single-play/cpu"}
     for name, alpha, discount, batch_size, q_agg, depth, *changes in rows:
         for suffix, change in zip(("", "/best", "/online"), ("-", *changes), strict=True):
             expected = {

@@ -208,6 +208,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "noise_coverage": 0.003,
         "lr_decay_steps": 12_000,
     },
+    # Robot manipulation on one CPU core: the published setting with narrower networks, one noise sample, and a larger
+    # learning rate that decays.
+    "cube-single-play/cpu": {
+        **{
+            key: value
+            for key, value in _DEMO.items()
+            if key in ("lr", "tau", "noise_samples", "noise_coverage", "sigma")
+        },
+        **_PUBLISHED["cube-single-play"][0],
+        "block_width": 128,
+        "value_hidden_dims": (128, 128, 128),
+        "actor_hidden_dims": (128, 128, 128),
+        "lr_decay_steps": 50_000,
+    },
 }
 """Settings by name, as what differs from `FloqConfig()`. `<environment>-<dataset type>` is the published offline
 setting with K = 8 and a noise coverage of 0.1 everywhere, `/best` the one with both tuned, `/online` that of online
@@ -222,6 +236,13 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
         "steps": 12_000,
         "eval_interval": 2_000,
         "save_interval": 2_000,
+    },
+    "cube-single-play/cpu": {
+        "steps": 50_000,
+        "log_interval": 1_000,
+        "eval_interval": 5_000,
+        "save_interval": 5_000,
+        "threads": 1,
     },
 }
 """Defaults of the training loop that go with a preset; its general ones go with the published presets."""
