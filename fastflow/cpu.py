@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastflow import dense, operators, reference
-from fastflow.fields import FieldSpec, Parts, TimeEmbedding
+from fastflow.fields import FieldSpec, Parts, PowerFourier, TimeEmbedding
 from fastflow.fused import network
 from fastflow.kernels import cpu, plan
 
@@ -31,6 +31,19 @@ def unsupported(dtype: torch.dtype) -> str | None:
 
 
 # Times and what is prepared -----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=16)
+def _powers(count: int) -> Tensor:
+    with torch.inference_mode(False):  # the tensor is kept for every caller
+        return 2.0 ** torch.arange(count, dtype=torch.float32)
+
+
+def _features(embedding: TimeEmbedding, t: Tensor) -> Tensor:
+    """The embedding's features of float32 times, with what depends on no time made once."""
+    if isinstance(embedding, PowerFourier):
+        return reference.power_fourier(t, embedding.dim, _powers(embedding.dim // 2))
+    return embedding.features(t)
 
 
 @functools.lru_cache(maxsize=64)
@@ -55,7 +68,7 @@ def _walk_features(
         return _shared_features(spec.time_embedding, num_steps, method, start, end), True
     part = _parts_of_walk(num_steps, method).float().view(-1, 1)
     times = (1 - part) * t_0.flatten(1).unsqueeze(1) + part * t_1.flatten(1).unsqueeze(1)
-    return spec.time_embedding.features(times), False
+    return _features(spec.time_embedding, times), False
 
 
 class _Layout:
@@ -442,7 +455,7 @@ def arrive(
     found = _arrival(key, precision, len(x_0), torch.get_num_threads(), num_steps, method)
     if found is None:
         return None
-    features = found.embedding.features(found.parts * t)  # [N, B, T]
+    features = _features(found.embedding, found.parts * t)  # [N, B, T]
     x_1, velocity = torch.empty_like(x_0), torch.empty_like(x_0)
     common = (cond, features, None, *found.layout.ordered(parameters))
     found.prepared((*common, found.starts, t, x_0, None, x_1, None, None, velocity))
@@ -529,7 +542,7 @@ def _finished(
 def _loss_call(
     spec: FieldSpec, cond: Tensor, parameters: Sequence[Tensor], precision: str, t: Tensor, rows: torch.Size
 ) -> _Call:
-    features = spec.time_embedding.features(t.flatten(1).unsqueeze(1))  # [E, 1, M, T]
+    features = _features(spec.time_embedding, t.flatten(1).unsqueeze(1))  # [E, 1, M, T]
     return _Call(spec, cond, parameters, precision, features, False, (*rows,))
 
 
@@ -626,7 +639,7 @@ def matching(
         gradients: where those of the parameters go, in their order; contiguous.
     """
     x_0, x_1, t = x_0.contiguous(), x_1.contiguous(), t.contiguous()
-    features = spec.time_embedding.features(t.view(1, 1, -1))  # [1, 1, M, T]
+    features = _features(spec.time_embedding, t.view(1, 1, -1))  # [1, 1, M, T]
     rows = (spec.ensemble or 1, *x_0.shape)
     call = _Call(spec, cond.unsqueeze(0), parameters, precision, features, False, rows)
     mean = x_0.new_empty(())
@@ -657,7 +670,7 @@ def velocity_matching(
         gradients: where those of the parameters go, in their order; contiguous.
     """
     x_t, velocity, t, weight = (x.contiguous() for x in (x_t, velocity, t, weight))
-    features = spec.time_embedding.features(t.view(1, 1, -1))  # [1, 1, M, T]
+    features = _features(spec.time_embedding, t.view(1, 1, -1))  # [1, 1, M, T]
     call = _Call(spec, cond.unsqueeze(0), parameters, precision, features, False, (1, *x_t.shape))
     mean, of_rows = t.new_empty(()), torch.empty_like(t)
     tensors = (x_t, velocity, t, weight, mean, of_rows, None, *call.layout.ordered(gradients))

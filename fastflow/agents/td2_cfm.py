@@ -424,15 +424,16 @@ class Td2CfmAgent:
             took = noise.mixture < gamma
             x, u = (torch.where(took.unsqueeze(-1), b, a) for a, b in zip(direct_term, bootstrap))
             loss, rows = self._regress(x, time, u, cond, None, direct)
-            parts = [(rows * kind).sum() / kind.sum().clamp(min=1) for kind in (~took, took)]
+            parts = tuple((rows * kind).sum() / kind.sum().clamp(min=1) for kind in (~took, took))
         else:
             # Both terms in one call: they share the condition, which is encoded once.
             x, u = (torch.stack(pair, 1) for pair in zip(direct_term, bootstrap))
-            weight = 2 * torch.stack([1 - gamma, gamma], -1).expand(len(x), 2)  # of a mean over rows and terms
+            weight = 2 * torch.stack([1 - gamma, gamma], -1)  # of a mean over rows and terms
             loss, rows = self._regress(x, time.unsqueeze(1).expand(-1, 2), u, cond, weight, direct)
-            parts = list(rows.mean(0))
-        names = ("direct_loss", "bootstrap_loss")
-        return loss, {"loss": loss.detach()} | {name: part.detach() for name, part in zip(names, parts)}
+            parts = rows.mean(0).unbind()
+        metrics = dict(zip(("loss", "direct_loss", "bootstrap_loss"), (loss, *parts)))
+        # What native code has computed has no graph.
+        return loss, {name: value.detach() if value.requires_grad else value for name, value in metrics.items()}
 
     def _gammas(self, noise: Td2CfmNoise) -> Tensor:
         """Each row's discount, [B], or a 0-d tensor."""
@@ -481,16 +482,17 @@ class Td2CfmAgent:
         without D. See `_losses` for direct.
 
         Args:
-            x, target: [B, D] or [B, S, D]. t, weight: their shape without D; a weight of None is one. cond: [B, C].
+            x, target: [B, D] or [B, S, D]. t: their shape without D. cond: [B, C].
+            weight: shaped as t, or [S] for all rows; None is one.
         """
         options: dict[str, Any] = {"backend": self.config.backend, "precision": self.config.precision}
         if direct and self._one_pass(x):
             dim = self.obs_dim
             shape = t.shape if t.dim() == 2 else (len(t), 1)
-            given = (x.view(*shape, dim), t.reshape(shape), target.view(*shape, dim), cond)
-            ones = torch.ones(shape) if weight is None else weight
+            given = (x.reshape(*shape, dim), t.reshape(shape), target.reshape(*shape, dim), cond)
+            weights = torch.ones(shape) if weight is None else weight.expand(shape)
             found = velocity_gradients(
-                self.online.field, *given, weight=ones, scale=dim, gradients=self._known.parts, **options
+                self.online.field, *given, weight=weights, scale=dim, gradients=self._known.parts, **options
             )
             if found is not None:
                 self._known.attach()
