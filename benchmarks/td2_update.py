@@ -3,8 +3,8 @@
 TD^2-CFM (Farebrother et al., arXiv:2503.09817) learns the discounted distribution of future states: with weight 1 -
 gamma the flow regresses on the straight path to the next state, with weight gamma on the velocity of its own moving
 average, at a point where that walked from the next state and action. Here it is a plain MLP on the state and action
-sizes of a linear-Gaussian chain: the update of `fastflow train td2-cfm --env linear-gaussian`, stated on its own so
-that every rival runs the same lines.
+sizes of a linear-Gaussian chain: the update of `fastflow train td2-cfm --env linear-gaussian`. fastflow runs its agent;
+the rivals run `Td2Learner`, which states the same update on its own, from the same weights, batches and noise.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import fastflow as ff
 from benchmarks.entrants import CPU, Entrant, Ready, bound, native
 from benchmarks.measure import Timer
 from benchmarks.rivals import jax_of, needs_compiler
+from fastflow.agents.td2_cfm import Td2CfmAgent, Td2CfmConfig, Td2CfmNoise
 
 CHECKED_UPDATES = 3
 # Adam's first steps are signs: a gradient rounded to the other side of zero moves its weight by twice the step.
@@ -129,6 +130,39 @@ class Td2Learner:
         return {"direct": direct.detach(), "bootstrap": bootstrap.detach(), "loss": loss.detach()}
 
 
+class Td2Agent(Td2CfmAgent):
+    """fastflow's agent in a learner's place: its weights, and for the updates that are checked its noise.
+
+    Args:
+        learner: sizes, hyperparameters, weights and noise.
+    """
+
+    def __init__(self, learner: Td2Learner) -> None:
+        case = learner.case
+        names = ("hidden", "batch_size", "num_steps", "gamma", "tau", "lr", "weight_decay")
+        given: dict[str, Any] = {name: getattr(case, name) for name in names} | learner.options
+        config = Td2CfmConfig(architecture="mlp", activation="silu", adam_eps=1e-8, **given)
+        super().__init__(config, case.state_dim, case.action_dim, dtype=learner.dtype)
+        self.online.field.load_state_dict(learner.field.state_dict())
+        self.target.field.load_state_dict(learner.target.state_dict())
+        self.noises = iter([learner.noise() for _ in range(CHECKED_UPDATES)])
+
+    def sample_noise(self, batch: Batch, generator: torch.Generator | None = None) -> Td2CfmNoise:
+        """The learner's noise, then the agent's own."""
+        given = next(self.noises, None)
+        if given is None:
+            return super().sample_noise(batch, generator)
+        x_0, t = given
+        return Td2CfmNoise(source=x_0, fresh=x_0, time=t, mixture=t, horizon=t)
+
+    def batch(self, batch: Batch) -> dict[str, Tensor]:
+        """A learner's batch as agents take it."""
+        sizes = (self.obs_dim, self.action_dim)
+        (state, action), (next_state, next_action) = (batch[key].split(sizes, -1) for key in ("cond", "next_cond"))
+        found = {"observations": state, "actions": action, "next_observations": next_state}
+        return {name: x.contiguous() for name, x in (*found.items(), ("next_actions", next_action))}
+
+
 def entrants(case: Td2Case, ways: Sequence[tuple[str, str, str]]) -> Iterator[Entrant]:
     """Entrants for (rival, variant, precision)."""
     batches = case.batches()
@@ -144,6 +178,7 @@ def entrants(case: Td2Case, ways: Sequence[tuple[str, str, str]]) -> Iterator[En
             eager[precision] = _errors(_first(Td2Learner(case, "reference", precision).update, batches), exact)
         learner = Td2Learner(case, "auto" if rival == "fastflow" else "reference", precision)
         update: Callable[..., Any] = learner.update
+        given = batches
         if rival == "jax":
             jax = jax_of(CPU)
             from benchmarks.jax_network import array
@@ -152,7 +187,7 @@ def entrants(case: Td2Case, ways: Sequence[tuple[str, str, str]]) -> Iterator[En
             noises = [tuple(map(array, learner.noise())) for _ in range(CHECKED_UPDATES)]
             update, finish = JaxTd2(learner, precision, variant == "unrolled").update, jax.block_until_ready
             arrays = [{name: array(x) for name, x in batch.items()} for batch in batches]
-            losses = [_floats(update(*given)) for given in zip(arrays, noises)]
+            losses = [_floats(update(*pair)) for pair in zip(arrays, noises)]
             turn = itertools.cycle(arrays)
         else:
             if rival == "compile":
@@ -162,7 +197,10 @@ def entrants(case: Td2Case, ways: Sequence[tuple[str, str, str]]) -> Iterator[En
             elif rival == "fastflow":
                 fused = Td2Learner(case, "fused", precision)
                 note = native(lambda: fused.losses(batches[0], *fused.noise()))
-            losses = _first(update, batches)
+                agent = Td2Agent(learner)
+                update, given = agent.update, [agent.batch(batch) for batch in batches]
+                turn = itertools.cycle(given)
+            losses = _first(update, given)
         found = _errors(losses, exact)
         accurate = max(found.values()) <= ALLOWED[precision]
         return Ready(lambda: update(next(turn)), finish, found, eager[precision], accurate, note)
@@ -175,7 +213,7 @@ def _first(update: Callable[[Batch], Any], batches: list[dict[str, Tensor]]) -> 
 
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
+    return {name.removesuffix("_loss"): float(value) for name, value in metrics.items()}
 
 
 def _errors(losses: list[dict[str, float]], exact: list[dict[str, float]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastflow import dense, operators, reference
-from fastflow.fields import FieldSpec, Parts, TimeEmbedding
+from fastflow.fields import FieldSpec, Parts, PowerFourier, TimeEmbedding
 from fastflow.fused import network
 from fastflow.kernels import cpu, plan
 
@@ -31,6 +31,19 @@ def unsupported(dtype: torch.dtype) -> str | None:
 
 
 # Times and what is prepared -----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=16)
+def _powers(count: int) -> Tensor:
+    with torch.inference_mode(False):  # the tensor is kept for every caller
+        return 2.0 ** torch.arange(count, dtype=torch.float32)
+
+
+def _features(embedding: TimeEmbedding, t: Tensor) -> Tensor:
+    """The embedding's features of float32 times, with what depends on no time made once."""
+    if isinstance(embedding, PowerFourier):
+        return reference.power_fourier(t, embedding.dim, _powers(embedding.dim // 2))
+    return embedding.features(t)
 
 
 @functools.lru_cache(maxsize=64)
@@ -55,7 +68,7 @@ def _walk_features(
         return _shared_features(spec.time_embedding, num_steps, method, start, end), True
     part = _parts_of_walk(num_steps, method).float().view(-1, 1)
     times = (1 - part) * t_0.flatten(1).unsqueeze(1) + part * t_1.flatten(1).unsqueeze(1)
-    return spec.time_embedding.features(times), False
+    return _features(spec.time_embedding, times), False
 
 
 class _Layout:
@@ -332,7 +345,7 @@ def walk(
     v, scheme = _scheme(method)
     given = _contiguous(t_0, t_1, x_0, step_noise)
     kept = (path if keep else None, stages if stages.numel() else None)
-    call.run("walk", num_steps * v, (num_steps, v), (*scheme, start, end), (*given, x_1, *kept))
+    call.run("walk", num_steps * v, (num_steps, v), (*scheme, start, end), (*given, x_1, *kept, None))
     return (x_1, path, stages, *unused)
 
 
@@ -390,8 +403,63 @@ def plain_walk(
         return None
     prepared, layout, features = found
     x_1 = torch.empty_like(x_0)
-    prepared((cond, features, None, *layout.ordered(parameters), None, None, x_0, None, x_1, None, None))
+    prepared((cond, features, None, *layout.ordered(parameters), None, None, x_0, None, x_1, None, None, None))
     return x_1
+
+
+class _Arrival(NamedTuple):
+    """What of an arrival depends on neither the field's weights nor its rows."""
+
+    prepared: cpu.Prepared
+    layout: _Layout
+    embedding: TimeEmbedding
+    parts: Tensor  # [N, 1], of a row's time at each evaluation
+    starts: Tensor  # [B]
+
+
+@functools.lru_cache(maxsize=256)
+def _arrival(key: str, precision: str, rows: int, threads: int, num_steps: int, method: str) -> _Arrival | None:
+    layout = _layout(key, precision)
+    if layout.prepared:
+        return None
+    spec = FieldSpec.from_key(key)
+    v, scheme = _scheme(method)
+    width = layout.time_features
+    sizes = (1, layout.width, rows, 1, num_steps * v + 1, threads, 0)
+    ints = (*sizes, 0, rows * width, 0, width, 0, 0, num_steps, v)
+    with torch.inference_mode(False):  # the tensors are kept for every caller
+        parts = torch.cat([_parts_of_walk(num_steps, method), torch.ones(1, dtype=torch.float64)])
+        kept = (spec.time_embedding, parts.float().view(-1, 1), torch.zeros(rows))
+    return _Arrival(cpu.Prepared("walk", layout.network, ints, (*scheme, 0.0, 0.0)), layout, *kept)
+
+
+def arrive(
+    key: str,
+    parameters: Sequence[Tensor],
+    x_0: Tensor,
+    cond: Tensor,
+    t: Tensor,
+    num_steps: int,
+    method: str,
+    precision: str,
+) -> tuple[Tensor, Tensor] | None:
+    """(x_K, v(x_K, t)) of rows that walk from 0 to times of their own, [B, D] each and without gradient: the velocity
+    where a walk ends is one evaluation more.
+
+    Args:
+        key, parameters: of one field without members; contiguous float32, as x_0 [B, D], cond [B, C] and t [B] are.
+
+    Returns:
+        None for a field that this is not made for, see `plain_walk`.
+    """
+    found = _arrival(key, precision, len(x_0), torch.get_num_threads(), num_steps, method)
+    if found is None:
+        return None
+    features = _features(found.embedding, found.parts * t)  # [N, B, T]
+    x_1, velocity = torch.empty_like(x_0), torch.empty_like(x_0)
+    common = (cond, features, None, *found.layout.ordered(parameters))
+    found.prepared((*common, found.starts, t, x_0, None, x_1, None, None, velocity))
+    return x_1, velocity
 
 
 def freeze(
@@ -474,7 +542,7 @@ def _finished(
 def _loss_call(
     spec: FieldSpec, cond: Tensor, parameters: Sequence[Tensor], precision: str, t: Tensor, rows: torch.Size
 ) -> _Call:
-    features = spec.time_embedding.features(t.flatten(1).unsqueeze(1))  # [E, 1, M, T]
+    features = _features(spec.time_embedding, t.flatten(1).unsqueeze(1))  # [E, 1, M, T]
     return _Call(spec, cond, parameters, precision, features, False, (*rows,))
 
 
@@ -571,14 +639,43 @@ def matching(
         gradients: where those of the parameters go, in their order; contiguous.
     """
     x_0, x_1, t = x_0.contiguous(), x_1.contiguous(), t.contiguous()
-    features = spec.time_embedding.features(t.view(1, 1, -1))  # [1, 1, M, T]
+    features = _features(spec.time_embedding, t.view(1, 1, -1))  # [1, 1, M, T]
     rows = (spec.ensemble or 1, *x_0.shape)
     call = _Call(spec, cond.unsqueeze(0), parameters, precision, features, False, rows)
     mean = x_0.new_empty(())
     sharing = x_0.shape[1] if x_1.dim() < x_0.dim() else 1
-    tensors = (x_0, x_1, t, mean, None, *call.layout.ordered(gradients))
+    tensors = (x_0, x_1, t, None, mean, None, None, *call.layout.ordered(gradients))
     call.run("matching", 1, (1, sharing, error), (0.0, scale), tensors)
     return mean
+
+
+def velocity_matching(
+    x_t: Tensor,
+    velocity: Tensor,
+    t: Tensor,
+    cond: Tensor,
+    weight: Tensor,
+    parameters: Sequence[Tensor],
+    spec: FieldSpec,
+    precision: str,
+    scale: float,
+    gradients: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The mean over rows and samples of weight times the error of the velocity at given points, 0-d, the errors
+    themselves [B, S], and `scale` times the mean's gradients, in one pass.
+
+    Args:
+        x_t, velocity: [B, S, D]. t, weight: [B, S]. cond: [B, C].
+        parameters, spec: of a field without members, FiLM and layers for time. precision: a concrete one.
+        gradients: where those of the parameters go, in their order; contiguous.
+    """
+    x_t, velocity, t, weight = (x.contiguous() for x in (x_t, velocity, t, weight))
+    features = _features(spec.time_embedding, t.view(1, 1, -1))  # [1, 1, M, T]
+    call = _Call(spec, cond.unsqueeze(0), parameters, precision, features, False, (1, *x_t.shape))
+    mean, of_rows = t.new_empty(()), torch.empty_like(t)
+    tensors = (x_t, velocity, t, weight, mean, of_rows, None, *call.layout.ordered(gradients))
+    call.run("matching", 1, (0, 1, 0), (0.0, scale), tensors)
+    return mean, of_rows
 
 
 # Policies -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A flow-matching loss and its gradients in one pass of native code, without autograd."""
+"""Flow-matching losses and their gradients in one pass of native code, without autograd."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastflow import cpu, operators, ops
 from fastflow.fields import VelocityField
 
-__all__ = ["covers", "matching_gradients", "ordinary"]
+__all__ = ["covers", "matching_gradients", "ordinary", "velocity_gradients"]
 
 
 def matching_gradients(
@@ -51,6 +51,40 @@ def matching_gradients(
     with torch.no_grad():
         fixed = (spec, precision or "fp32", ops.ERRORS.index(error), scale, gradients)
         return cpu.matching(x_0, x_1, t, cond, parameters, *fixed)
+
+
+def velocity_gradients(
+    field: VelocityField,
+    x_t: Tensor,
+    t: Tensor,
+    target_velocity: Tensor,
+    cond: Tensor,
+    *,
+    weight: Tensor,
+    scale: float = 1.0,
+    gradients: Sequence[Tensor],
+    backend: str | None = None,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """`fastflow.velocity_matching_loss` with the weights of rows, 0-d, and without weights and `reduction="none"`,
+    [B, S]; both without graph, and `scale` times the first one's gradients. None, and nothing done, as in
+    `matching_gradients`, and for a field with members.
+
+    Args:
+        x_t, target_velocity: [B, S, D]. t, weight: [B, S]. cond: [B, C].
+        gradients, backend, precision: see `matching_gradients`.
+    """
+    if precision not in (None, *ops.PRECISIONS) or not covers(field, backend) or field.spec.ensemble is not None:
+        return None
+    spec, parameters = field.spec, field.parameter_list()
+    rows, samples = x_t.shape[:2] if x_t.dim() == 3 else (0, 0)
+    points, times = (rows, samples, spec.state_dim), (rows, samples)
+    expected = [(x_t, points), (target_velocity, points), (t, times), (weight, times), (cond, (rows, spec.cond_dim))]
+    if not rows * samples or not ordinary(expected) or not all(p.requires_grad for p in parameters):
+        return None
+    with torch.no_grad():
+        fixed = (spec, precision or "fp32", scale, gradients)
+        return cpu.velocity_matching(x_t, target_velocity, t, cond, weight, parameters, *fixed)
 
 
 def covers(field: VelocityField, backend: str | None) -> bool:

@@ -291,9 +291,53 @@ def _plain_walk(
 ) -> Tensor | None:
     """`integrate` on the CPU where no gradient is asked for and nothing needs another form: acting, row by row, or
     small targets, where all that is done around a walk costs more than the walk. None wherever anything is not so."""
-    if torch.compiler.is_compiling() or not type(t_0) is type(t_1) is float:
+    if not type(t_0) is type(t_1) is float:
         return None
     fields = field if isinstance(field, (list, tuple)) else (field,)
+    found = _plain_rows_and_weights(fields, x_0, cond, backend, precision)
+    if found is None or not math.isfinite(t_0 + t_1):
+        return None
+    assert x_0 is not None and cond is not None
+    (rows, parameters), options = found, (num_steps, method, t_0, t_1, precision or "fp32", len(fields))
+    return cpu.plain_walk(fields[0].key, parameters, x_0, cond, rows, *options)
+
+
+def plain_arrival(
+    field: VelocityField,
+    x_0: Tensor,
+    cond: Tensor,
+    t: Tensor,
+    num_steps: int,
+    method: str,
+    backend: str | None,
+    precision: str | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Where rows come that walk from 0 to times of their own and the velocity there, [B, D] each, under the conditions
+    of `_plain_walk` for a field without members. None wherever anything is not so.
+
+    Args:
+        x_0: [B, D]. cond: [B, C]. t: [B].
+    """
+    _check_steps(num_steps, False)
+    _check_name("integrate", "method", method, METHODS)
+    found = _plain_rows_and_weights((field,), x_0, cond, backend, precision)
+    if found is None or x_0.dim() != 2 or type(t) is not Tensor or t.shape != x_0.shape[:1]:
+        return None
+    if not (t.is_cpu and t.dtype is torch.float32 and t.is_contiguous()) or _needs_gradient(t):
+        return None
+    return cpu.arrive(field.key, found[1], x_0, cond, t, num_steps, method, precision or "fp32")
+
+
+def _plain_rows_and_weights(
+    fields: Sequence[VelocityField],
+    x_0: Tensor | None,
+    cond: Tensor | None,
+    backend: str | None,
+    precision: str | None,
+) -> tuple[tuple[int, int], list[Tensor]] | None:
+    """((B, S), all fields' parameters) of a walk that native code runs as it is; else None."""
+    if torch.compiler.is_compiling():
+        return None
     if not fields or any(not isinstance(f, VelocityField) or f.key != fields[0].key for f in fields):
         return None
     rows = plain_rows(fields[0].spec, x_0, cond, len(fields))
@@ -302,7 +346,7 @@ def _plain_walk(
     backend = DEFAULT_BACKEND if backend is None else backend
     if not runs_native(backend) or torch.is_autocast_enabled("cpu"):
         return None
-    if precision not in _PLAIN_PRECISIONS or not math.isfinite(t_0 + t_1) or cpu.unsupported(torch.float32):
+    if precision not in _PLAIN_PRECISIONS or cpu.unsupported(torch.float32):
         return None
     assert x_0 is not None and cond is not None
     parameters = [p for f in fields for p in f.parameter_list()]
@@ -311,8 +355,7 @@ def _plain_walk(
     for p in parameters:
         if type(p) not in operators.ORDINARY or not (p.is_cpu and p.dtype is torch.float32 and p.is_contiguous()):
             return None
-    options = (num_steps, method, t_0, t_1, precision or "fp32", len(fields))
-    return cpu.plain_walk(fields[0].key, parameters, x_0, cond, rows, *options)
+    return rows, parameters
 
 
 _PLAIN_PRECISIONS = (None, *PRECISIONS)

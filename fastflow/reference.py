@@ -68,9 +68,11 @@ def cosine_fourier(t: Tensor, dim: int) -> Tensor:
     return torch.cos(math.pi * t.unsqueeze(-1) * torch.arange(1, dim + 1, dtype=t.dtype, device=t.device))
 
 
-def power_fourier(t: Tensor, dim: int) -> Tensor:
-    """cos(2^k t), then sin(2^k t), for k = 0..dim/2-1: [...] -> [..., dim]."""
-    angles = t.unsqueeze(-1) * 2.0 ** torch.arange(dim // 2, dtype=t.dtype, device=t.device)
+def power_fourier(t: Tensor, dim: int, powers: Tensor | None = None) -> Tensor:
+    """cos(2^k t), then sin(2^k t), for k = 0..dim/2-1: [...] -> [..., dim]. powers: 2^k, for a caller that has them."""
+    if powers is None:
+        powers = 2.0 ** torch.arange(dim // 2, dtype=t.dtype, device=t.device)
+    angles = t.unsqueeze(-1) * powers
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

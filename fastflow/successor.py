@@ -345,6 +345,18 @@ class SuccessorFlow(nn.Module):
             )
         return end - x
 
+    def arrive(self, x_0: Tensor, cond: Tensor, t: Tensor, num_steps: int | None = None) -> tuple[Tensor, Tensor]:
+        """`walk` to t and `velocity` there, without gradient: x_0 [B, D], cond [B, C], t [B]."""
+        with torch.no_grad():
+            kind = type(self)
+            if kind.walk is SuccessorFlow.walk and kind.velocity is SuccessorFlow.velocity:  # neither is another's
+                options = (num_steps or self.num_steps, self.method, self.backend, self.precision)
+                found = ops.plain_arrival(self.field, x_0, cond, t, *options)
+                if found is not None:
+                    return found
+            x = self.walk(x_0, cond, t, num_steps)
+            return x, self.velocity(x, t, cond)
+
     def _walk(self, x_0: Tensor, cond: Tensor, num_steps: int) -> Tensor:
         """Samples in the field's coordinates from noise [B, n, D]."""
         return self.walk(x_0, cond, 1.0, num_steps)

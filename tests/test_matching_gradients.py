@@ -9,7 +9,7 @@ import torch
 
 import fastflow as ff
 from fastflow.kernels import cpu
-from fastflow.matching_gradients import matching_gradients
+from fastflow.matching_gradients import matching_gradients, velocity_gradients
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"no native code: {cpu.why_unavailable()}")
 
@@ -145,3 +145,66 @@ def test_what_is_not_covered_is_left_alone():
     assert not any(g.any() for g in gradients)
     field.layers[0].weight.requires_grad_(True)
     assert not left(field, *given)
+
+
+# Errors at given points -----------------------------------------------------------------------------------------------
+
+SINGLE = {name: SPECS[name] for name in ("policy", "wide")} | {
+    name: ff.FieldSpec(2, 5, (16, 24), norm="layer", prediction=name) for name in ("endpoint", "noise")
+}
+
+
+def problem_at_points(spec, rows, samples, seed=0):
+    """float64 field and inputs, with weights of rows."""
+    field, x_t, velocity, t, cond = problem(spec, rows, samples, True, seed)
+    return field, x_t, 0.02 + t, velocity, cond, 2 * torch.rand(t.shape, dtype=t.dtype)
+
+
+def at_points_by_autograd(given, scale, precision=None):
+    *given, weight = given
+    options = dict(reduction="none", backend="reference", precision=precision)
+    rows = ff.velocity_matching_loss(*given, **options)
+    loss = (weight * rows).mean()
+    return loss.detach(), rows.detach(), torch.autograd.grad(scale * loss, given[0].parameter_list())
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_gradients_at_given_points_err_no_more_than_pytorchs(name, precision):
+    every: tuple[list, ...] = ([], [], [])
+    for seed, (rows, samples) in enumerate(((1, 1), (37, 8), (256, 2), (130, 5), (97, 1), (1300, 1))):
+        exact = problem_at_points(SINGLE[name], rows, samples, seed)
+        mine, eager = single(exact), single(exact)
+        truth, theirs = at_points_by_autograd(exact, 3.0), at_points_by_autograd(eager, 3.0, precision)
+        found = gradients_of(mine[0])
+        options = dict(weight=mine.pop(), scale=3.0, gradients=found, precision=precision)
+        loss, of_rows = velocity_gradients(*mine, **options)
+        assert loss.shape == () and of_rows.shape == (rows, samples)
+        assert not loss.requires_grad and not of_rows.requires_grad
+        floor = 5e-7 if precision is None else 2e-2
+        for x, theirs_, true in zip((loss, of_rows), theirs, truth):
+            error, other = ((got - true).square().mean().sqrt() for got in (x, theirs_))
+            assert error <= 2 * other + floor * true.square().mean().sqrt()
+        size = sum(g.square().sum() for g in truth[2]).sqrt()
+        for of_all, of_one in zip(every, (found, theirs[2], truth[2]), strict=True):
+            of_all.append(torch.cat([g.double().flatten() for g in of_one]) / size)
+    flat = [torch.cat(of_all) for of_all in every]
+    error, other = ((x - flat[2]).square().mean().sqrt() for x in flat[:2])
+    assert error <= 2 * other + 3e-7 * flat[2].square().mean().sqrt()
+
+
+def test_what_is_not_covered_at_given_points_is_left_alone():
+    *given, weight = single(problem_at_points(SINGLE["policy"], 8, 2))
+    gradients = [torch.zeros_like(p) for p in given[0].parameter_list()]
+
+    def left(*given, weight=weight, **options):
+        return velocity_gradients(*given, weight=weight, gradients=gradients, **options) is None
+
+    field, x_t, t, velocity, cond = given
+    assert left(*given, backend="reference") and left(*given, weight=weight[:, 0]) and left(*given, weight=weight[:1])
+    assert left(field, x_t, t, velocity[:, 0], cond) and left(field, x_t[:0], t[:0], velocity[:0], cond[:0])
+    assert left(*given, weight=weight.clone().requires_grad_())
+    assert left(single(problem(SPECS["floq"], 8, 2, True))[0], *given[1:])
+    with torch.no_grad():
+        assert left(*given)
+    assert not any(g.any() for g in gradients) and not left(*given)

@@ -14,6 +14,7 @@ from fastflow import agents, density, horizon
 from fastflow.agents.td2_cfm import LOOP_PRESETS, PRESETS, VARIANTS, Td2CfmAgent, Td2CfmConfig, make_model, preset_for
 from fastflow.diffusion import DiffusionSuccessor
 from fastflow.distances import emd, gradient_variance
+from fastflow.kernels import cpu
 from fastflow.planning import PolicyImprovement, play
 from fastflow.successor import SuccessorFlow
 from fastflow.worlds import make_world
@@ -102,6 +103,56 @@ def test_float32_update_agrees_with_float64(backend, architecture):
     loss = agent.losses(batch, noise)[0]
     expected = exact.losses(doubled[0], type(noise)(**doubled[1]))[0]
     torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=1e-6)
+
+
+_GRADIENTS = [
+    *(dict(variant=variant) for variant in VARIANTS),
+    dict(mixture="bernoulli"),
+    dict(path="curved", terminals="absorb"),
+    dict(gamma_low=0.5),
+    dict(variant="td-cfm", gamma_low=0.5, mixture="bernoulli", terminals="absorb"),
+    dict(architecture="film-unet", hidden=(16, 16), cond_hidden=(16,), time_hidden=(16,)),
+]
+
+
+@pytest.mark.parametrize("settings", _GRADIENTS, ids=str)
+def test_an_update_has_the_gradients_of_its_loss(settings):
+    """What native code differentiates along with the loss, against autograd through plain PyTorch in float64."""
+    versions = [(torch.float32, "auto"), (torch.float32, "reference"), (torch.float64, "reference")]
+    settings = dict(gamma=0.9, obs_dim=3, ddim_steps=3, **settings)
+    agents_ = [make_agent(dtype, backend=backend, **settings) for dtype, backend in versions]
+    with torch.no_grad():
+        for parameter in (*agents_[0].online.parameters(), *agents_[0].target.parameters()):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(3)))
+    batch = random_batch(rows=200, obs_dim=3)
+    noise = agents_[0].sample_noise(batch)
+    found, told = [], []
+    for agent in agents_:
+        agent.online.load_state_dict(agents_[0].online.state_dict())
+        agent.target.load_state_dict(agents_[0].target.state_dict())
+        given = [{name: x.to(agent.dtype) for name, x in some.items()} for some in (batch, vars(noise))]
+        options = dict(variant=agent.config.variant, direct=agent is agents_[0])
+        loss, metrics = agent._losses(given[0], type(noise)(**given[1]), **options)
+        covered = cpu.why_unavailable() is None and agent.config.architecture == "mlp"
+        assert loss.requires_grad == (not options["direct"] or not covered)
+        if loss.requires_grad:
+            loss.backward()
+        found.append(torch.cat([p.grad.double().flatten() for p in agent.online.parameters()]))
+        told.append({name: value.double() for name, value in metrics.items()})
+    error, other = ((x - found[2]).norm() for x in found[:2])
+    assert error <= 2 * other + 5e-7 * found[2].norm()
+    for name, value in told[2].items():
+        torch.testing.assert_close(told[0][name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_what_wants_no_gradient_is_not_trained():
+    agent = make_agent(lr=1e-2)
+    frozen = next(agent.online.parameters()).requires_grad_(False)
+    before = [p.clone() for p in agent.online.parameters()]
+    for _ in range(2):
+        agent.update(random_batch())
+    for parameter, was in zip(agent.online.parameters(), before, strict=True):
+        assert torch.equal(parameter, was) == (parameter is frozen)
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:4])

@@ -32,8 +32,11 @@ from torch import Tensor
 
 from fastflow import ops
 from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, copy_state, ready_moments
+from fastflow.agents.descent import Descent, FlatGradients
 from fastflow.diffusion import LEVELS, DiffusionSuccessor
 from fastflow.fields import MLP, Architecture, FiLMUNet, PowerFourier, Sinusoidal, TimeEmbedding
+from fastflow.kernels.cpu import ONE_THREAD
+from fastflow.matching_gradients import velocity_gradients
 from fastflow.successor import SuccessorFlow
 
 __all__ = ["PRESETS", "VARIANTS", "Td2CfmAgent", "Td2CfmConfig", "Td2CfmNoise", "preset_for"]
@@ -231,6 +234,11 @@ def preset_for(env_name: str) -> str | None:
     return family if family in PRESETS else None
 
 
+# Multiplications of a loss up to which its gradients are computed along with it. Above, autograd's two passes gain more
+# from sharing out the first among threads than all that they do besides takes.
+_ONE_PASS = 4 * ONE_THREAD
+
+
 # The agent ----------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +325,8 @@ class Td2CfmAgent:
             fused=self.device.type in ("cpu", "cuda"),
         )
         ready_moments(self.optimizer, self.device)
+        self._descent = Descent(self.optimizer)
+        self._known = FlatGradients(self.online.field.parameter_list())
 
     @property
     def model(self) -> SuccessorFlow:
@@ -345,10 +355,12 @@ class Td2CfmAgent:
         self.check_batch(batch)
         if self.config.lr_decay_steps:
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate(self.step)
-        loss, metrics = self.losses(batch, self.sample_noise(batch))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        for parameter in self._online:
+            parameter.grad = None
+        loss, metrics = self._losses(batch, self.sample_noise(batch), self.config.variant, direct=True)
+        if loss.requires_grad:  # what native code has not differentiated already
+            loss.backward()
+        self._descent.step()
         with torch.no_grad():  # else the target's history would grow with every update
             torch._foreach_lerp_(self._target, self._online, self.config.target_rate)
         self.step += 1
@@ -380,7 +392,13 @@ class Td2CfmAgent:
             the two terms (summed over D, averaged over rows) as `direct_loss` and `bootstrap_loss`, or
             `monte_carlo_loss`.
         """
-        variant = variant or self.config.variant
+        return self._losses(batch, noise, variant or self.config.variant, direct=False)
+
+    def _losses(
+        self, batch: Mapping[str, Tensor], noise: Td2CfmNoise, variant: str, direct: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`losses`. With `direct` native code may leave the gradients in place along with the loss, which then has no
+        graph."""
         online = self.online
         if (variant in _DIFFUSIONS) != self.config.diffusion:
             raise ValueError(f"Td2CfmAgent.losses: variant must be of the kind of {self.config.variant}, got {variant}")
@@ -389,7 +407,7 @@ class Td2CfmAgent:
         cond = online.cond(batch["observations"], batch["actions"], w, gamma if online.gamma_range else None)
         if variant == "mc-cfm":
             x, u = self._interpolate(noise.source, online.encode(batch["futures"]), noise.time)
-            loss = self._errors(x, noise.time, u, cond).mean()
+            loss = self._regress(x, noise.time, u, cond, None, direct)[0]
             return loss, {"loss": loss.detach(), "monte_carlo_loss": loss.detach()}
         with torch.no_grad():
             next_cond = online.cond(
@@ -397,25 +415,25 @@ class Td2CfmAgent:
             )
             next_state = online.encode(batch["next_observations"])
             time = self._times(noise.time)
-            direct = self._direct(next_state, noise, time)
+            direct_term = self._direct(next_state, noise, time)
             bootstrap = self._bootstrap(variant, next_cond, noise, time)
             if self.config.terminals == "absorb":
                 gamma = gamma * batch["masks"]
         if self.config.mixture == "bernoulli":
             # One draw of the mixture per row; the terms' own means are over the rows that took them.
             took = noise.mixture < gamma
-            x, u = (torch.where(took.unsqueeze(-1), b, a) for a, b in zip(direct, bootstrap))
-            rows = self._errors(x, time, u, cond)
-            loss = rows.mean()
-            parts = [(rows * kind).sum() / kind.sum().clamp(min=1) for kind in (~took, took)]
+            x, u = (torch.where(took.unsqueeze(-1), b, a) for a, b in zip(direct_term, bootstrap))
+            loss, rows = self._regress(x, time, u, cond, None, direct)
+            parts = tuple((rows * kind).sum() / kind.sum().clamp(min=1) for kind in (~took, took))
         else:
             # Both terms in one call: they share the condition, which is encoded once.
-            x, u = (torch.stack(pair, 1) for pair in zip(direct, bootstrap))
-            rows = self._errors(x, time.unsqueeze(1).expand(-1, 2), u, cond)
-            loss = ((1 - gamma) * rows[:, 0] + gamma * rows[:, 1]).mean()
-            parts = list(rows.mean(0))
-        names = ("direct_loss", "bootstrap_loss")
-        return loss, {"loss": loss.detach()} | {name: part.detach() for name, part in zip(names, parts)}
+            x, u = (torch.stack(pair, 1) for pair in zip(direct_term, bootstrap))
+            weight = 2 * torch.stack([1 - gamma, gamma], -1)  # of a mean over rows and terms
+            loss, rows = self._regress(x, time.unsqueeze(1).expand(-1, 2), u, cond, weight, direct)
+            parts = rows.mean(0).unbind()
+        metrics = dict(zip(("loss", "direct_loss", "bootstrap_loss"), (loss, *parts)))
+        # What native code has computed has no graph.
+        return loss, {name: value.detach() if value.requires_grad else value for name, value in metrics.items()}
 
     def _gammas(self, noise: Td2CfmNoise) -> Tensor:
         """Each row's discount, [B], or a 0-d tensor."""
@@ -453,24 +471,41 @@ class Td2CfmAgent:
                 return x, target.velocity(x, t, next_cond)
             return target.noised(x, noise.fresh, 1 - t), noise.fresh
         if variant == "td2-cfm":
-            x = target.walk(noise.source, next_cond, t, steps)
-            return x, target.velocity(x, t, next_cond)
+            return target.arrive(noise.source, next_cond, t, steps)
         x_1 = target.walk(noise.source, next_cond, 1.0, steps)
         return self._interpolate(noise.fresh if variant == "td-cfm" else noise.source, x_1, t)
 
-    def _errors(self, x: Tensor, t: Tensor, target: Tensor, cond: Tensor) -> Tensor:
-        """Squared errors of the online field, summed over D, shaped as x without D."""
-        return ops.velocity_matching_loss(
-            self.online.field,
-            x,
-            t,
-            target,
-            cond,
-            reduction="none",
-            dim_reduction="sum",
-            backend=self.config.backend,
-            precision=self.config.precision,
-        )
+    def _regress(
+        self, x: Tensor, t: Tensor, target: Tensor, cond: Tensor, weight: Tensor | None, direct: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The mean of weight times the online field's squared errors, 0-d, and the errors, summed over D, shaped as x
+        without D. See `_losses` for direct.
+
+        Args:
+            x, target: [B, D] or [B, S, D]. t: their shape without D. cond: [B, C].
+            weight: shaped as t, or [S] for all rows; None is one.
+        """
+        options: dict[str, Any] = {"backend": self.config.backend, "precision": self.config.precision}
+        if direct and self._one_pass(x):
+            dim = self.obs_dim
+            shape = t.shape if t.dim() == 2 else (len(t), 1)
+            given = (x.reshape(*shape, dim), t.reshape(shape), target.reshape(*shape, dim), cond)
+            weights = torch.ones(shape) if weight is None else weight.expand(shape)
+            found = velocity_gradients(
+                self.online.field, *given, weight=weights, scale=dim, gradients=self._known.parts, **options
+            )
+            if found is not None:
+                self._known.attach()
+                loss, rows = found
+                return loss * dim, rows.view(t.shape) * dim
+        options |= {"reduction": "none", "dim_reduction": "sum"}
+        rows = ops.velocity_matching_loss(self.online.field, x, t, target, cond, **options)
+        return (rows if weight is None else weight * rows).mean(), rows
+
+    def _one_pass(self, x: Tensor) -> bool:
+        """Whether native code may compute the gradients at x along with the loss."""
+        rows = x.numel() // self.obs_dim
+        return self.device.type == "cpu" and self.dtype is torch.float32 and self._known.size * rows < _ONE_PASS
 
     def gradient(self, batch: Mapping[str, Tensor], noise: Td2CfmNoise, variant: str | None = None) -> Tensor:
         """The loss's gradient as one vector [P], for measuring its variance (paper, Theorem 5)."""

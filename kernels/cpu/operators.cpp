@@ -204,8 +204,10 @@ void velocity(const Walk& w, Block<BF>& b, long e, long first, long n, const flo
   }
 }
 
+// at_end: where the velocity at x_1 and its time goes, the last of N evaluations; or null.
 template <bool BF>
-void walk_rows(const Walk& w, const std::vector<Packed>& packed, float* x_1, float* path, float* stages) {
+void walk_rows(const Walk& w, const std::vector<Packed>& packed, float* x_1, float* path, float* stages,
+               float* at_end) {
   const long D = w.net.D, count = w.E * w.M * D;
   // Small blocks where there are more threads than blocks: rows do not depend on one another.
   const long most = std::max<long>(ROWS, round_up((w.E * w.M + w.threads - 1) / w.threads, ROWS));
@@ -236,6 +238,7 @@ void walk_rows(const Walk& w, const std::vector<Packed>& packed, float* x_1, flo
       for (long i = 0; add && i < size; i++) x[i] += add[i];
     }
     memcpy(x_1 + row * D, x, size_t(size) * 4);
+    if (at_end) velocity(w, b, e, first, w.K * w.stages, x, at_end + row * D, w.K, false);
     own_buffers.trim(KEEP);
   });
 }
@@ -243,8 +246,9 @@ void walk_rows(const Walk& w, const std::vector<Packed>& packed, float* x_1, flo
 template <bool BF>
 void walk(Arguments& g) {
   const Walk w(g);
-  float *x_1 = g.pointer<float>(), *path = g.pointer<float>(), *stages = g.pointer<float>();
-  walk_rows<BF>(w, pack_weights<BF>(w, false), x_1, path, stages);
+  float *x_1 = g.pointer<float>(), *path = g.pointer<float>(), *stages = g.pointer<float>(),
+        *at_end = g.pointer<float>();
+  walk_rows<BF>(w, pack_weights<BF>(w, false), x_1, path, stages, at_end);
   packed_weights.trim(KEEP);
 }
 
@@ -260,7 +264,7 @@ struct Frozen {
     w.B = rows, w.S = samples, w.threads = threads, w.cond_e = cond_per_member ? rows * w.net.C : 0;
     w.cond = cond, w.x_0 = x_0, w.noise = noise;
     w.settle();
-    walk_rows<PAIRS>(w, packed, x_1, nullptr, nullptr);
+    walk_rows<PAIRS>(w, packed, x_1, nullptr, nullptr, nullptr);
   }
 };
 
@@ -649,15 +653,16 @@ void loss_bwd(Arguments& g) {
   packed_weights.trim(KEEP);
 }
 
-// The mean loss of all rows and `scale` times its gradients in one go: a block goes forward and back while its
-// activations are at hand.
+// The mean loss of all rows, each with its weight, and `scale` times its gradients in one go: a block goes forward and
+// back while its activations are at hand.
 template <bool BF>
 void matching(Arguments& g) {
   Loss w(g);
   w.apart = 0, w.sharing = g.integer();
   const long error_of = g.integer();  // see `error_weight`
   const float scale = g.real();
-  float* mean = g.pointer<float>();
+  const float* weights = g.pointer<float>();                          // [M], or null
+  float *mean = g.pointer<float>(), *of_rows = g.pointer<float>();  // [E, M] without their weights, or null
   const long D = w.net.D, block = w.block();
   Chunks<BF> chunks(w, g, true, block);
   const auto packed = pack_weights<BF>(w, true);
@@ -678,8 +683,9 @@ void matching(Arguments& g) {
       set_inputs(w, b, e, first, x, true);
       errors(w, b, e, first, x, error);
       mean_squares(error, b.rows, D, losses);
+      if (of_rows) memcpy(of_rows + e * w.M + first, losses, size_t(b.rows) * 4);
       for (long r = 0; r < b.rows; r++) {
-        const float weight = error_weight(error_of, w.t[first + r]);
+        const float weight = error_weight(error_of, w.t[first + r]) * (weights ? weights[first + r] : 1.0f);
         sums[size_t(task)] += double(losses[r]) * double(weight);
         for (long j = 0; j < D; j++) error[r * D + j] *= factor * weight;
       }
