@@ -809,3 +809,13 @@ def test_observation_errors():
         agent.flow_paths(torch.zeros(2, O), torch.zeros(3, A), torch.zeros(2, 1))
     with pytest.raises(ValueError, match=r"noise must be \[2, N\]"):
         agent.flow_paths(torch.zeros(2, O), torch.zeros(2, A), torch.zeros(2))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_candidates": 2, "clip_values": True}])
+def test_losses_compile_as_one_graph(settings):
+    agent, batch = make_agent(**settings), random_batch()
+    noise = agent.sample_noise(batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(agent.losses, fullgraph=True, backend="eager")
+    for mine, theirs in zip(compiled(batch, noise)[:2], agent.losses(batch, noise)[:2], strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -719,3 +719,11 @@ def test_make_model_reads_the_configuration():
     assert model.field.spec.cond_dim == 9
     assert isinstance(model.field.spec.architecture, ff.FiLMUNet)
     assert (model.num_steps, model.method) == (10, "midpoint")
+
+
+def test_losses_compile_as_one_graph():
+    agent, batch = make_agent(), random_batch()
+    noise = agent.sample_noise(batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(agent.losses, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(batch, noise)[0], agent.losses(batch, noise)[0])

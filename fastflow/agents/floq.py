@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -390,7 +389,13 @@ class FloqAgent(FqlActorAgent):
                 self.optimizer.state[parameter]["step"].fill_(self.step - self.config.freeze_features_at)
 
     def _make_networks(self, generator: torch.Generator) -> FloqNetworks:
-        return FloqNetworks(self.config, self.obs_dim, self.action_dim, self.reward_range, generator)
+        networks = FloqNetworks(self.config, self.obs_dim, self.action_dim, self.reward_range, generator)
+        flow_critic = cast(FlowCritic, networks.floq)
+        self._value_range = flow_critic.value_range
+        names = ("q_agg", "backup", "critic_target", "discount", "target_noise")
+        fixed = {name: getattr(self.config, name) for name in names}
+        self._backup = Backup(**fixed, value_range=self._value_range, clip=self._clip_range)
+        return networks
 
     def sample_noise(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> FloqNoise:
         """Fresh noise for one update on `batch`, from `generator` or the agent's own."""
@@ -440,16 +445,6 @@ class FloqAgent(FqlActorAgent):
                 known.attach()
                 return loss
         return floq.loss(obs, actions, target, noise.start, time, error=error)
-
-    @functools.cached_property
-    def _backup(self) -> Backup:
-        names = ("q_agg", "backup", "critic_target", "discount", "target_noise")
-        fixed = {name: getattr(self.config, name) for name in names}
-        return Backup(**fixed, value_range=self._value_range, clip=self._clip_range)
-
-    @property
-    def _value_range(self) -> tuple[float, float]:
-        return cast(tuple[float, float], self.networks.floq.value_range)
 
     def _walk(
         self, obs: Tensor, batch: Mapping[str, Tensor], next_obs: Tensor, noise: FloqNoise

@@ -447,7 +447,9 @@ class FqlActorAgent(abc.ABC):
         """Where the gradients of the network `name` go if native code computes them along with its loss; else None.
         Work for several threads takes autograd's two passes, the first of which is shared out in smaller parts."""
         known = self._known[name]
-        if not (direct and self._native and self.device.type == "cpu" and known.size * rows < ONE_THREAD):
+        if torch.compiler.is_compiling() or not (
+            direct and self._native and self.device.type == "cpu" and known.size * rows < ONE_THREAD
+        ):
             return None
         return known if all(p.requires_grad for p in known.parameters) else None
 

@@ -504,6 +504,8 @@ class Td2CfmAgent:
 
     def _one_pass(self, x: Tensor) -> bool:
         """Whether native code may compute the gradients at x along with the loss."""
+        if torch.compiler.is_compiling():
+            return False
         rows = x.numel() // self.obs_dim
         return self.device.type == "cpu" and self.dtype is torch.float32 and self._known.size * rows < _ONE_PASS
 
