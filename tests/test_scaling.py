@@ -155,8 +155,9 @@ def test_breakdown_accounts_for_the_whole_update(times):
     ]
     for bar in bars:
         assert set(bar["parts_ms"]) == set(breakdown.PARTS)
-        # All but the moving average, which is a single operator, take a while.
-        assert all(ms > 0 for ms in bar["parts_ms"].values()) and bar["update_ms"] > 0
+        # Small updates of fastflow compute gradients along with the losses.
+        none = {"backward"} if bar["name"] == "fastflow" and not bar["parts_ms"]["backward"] else set()
+        assert all(ms > 0 for part, ms in bar["parts_ms"].items() if part not in none) and bar["update_ms"] > 0
     assert times.with_suffix(".png").stat().st_size > 10_000
 
 
