@@ -2,8 +2,8 @@
 
 The parts are timed inside whole updates: the critics' walks, the behaviour-cloning flow's walk, the flow losses and the
 plain networks on their way forward, everything's way back (small updates of fastflow's on a CPU have that in their
-losses), Adam, the moving average; what is left is Python and small operators around them. On a GPU each part waits for the device, which a real update does not: there the sum is more
-than an update takes, and the shares are what counts.
+losses), Adam, the moving average; what is left is Python and small operators around them. On a GPU each part waits for
+the device, which a real update does not: there the sum is more than an update takes, and the shares are what counts.
 
     --update NAME       of benchmarks.published.UPDATES or benchmarks.cases.UPDATES
     --steps 1 4 8 16    K of the critic
