@@ -244,9 +244,7 @@ def dense_stack(
 def _covered(x: Tensor, parameters: Sequence[Tensor]) -> bool:
     if x.device.type != "cpu" or len(parameters) < 4 or any(t.dtype != torch.float32 for t in (x, *parameters)):
         return False
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return False
-    return cpu.why_unavailable() is None
+    return not operators.inside_transform() and cpu.why_unavailable() is None
 
 
 # Gradients without autograd -------------------------------------------------------------------------------------------
@@ -362,8 +360,9 @@ def forward_pass(x: Tensor, network: Stack) -> Pass | None:
 def _covered_directly(inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
     """Whether native code may compute gradients of a network's parameters on inputs [M, ...], M > 0, that want none
     themselves: nobody looks at operators, and all tensors are ordinary ones."""
-    watched = torch.compiler.is_compiling() or not operators.unwatched() or torch.is_autocast_enabled("cpu")
-    if watched or not torch.is_grad_enabled() or not _covered(inputs[0], parameters):
+    if not (operators.unobserved() and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
+        return False
+    if not _covered(inputs[0], parameters):
         return False
     if any(
         type(t) not in operators.ORDINARY or t.dtype != torch.float32 or not t.is_cpu for t in (*inputs, *parameters)

@@ -90,14 +90,14 @@ def velocity_gradients(
 def covers(field: VelocityField, backend: str | None) -> bool:
     """Whether native code may compute a loss of this field with its gradients: it runs here and has no layers before
     the network, the parameters are ordinary float32 ones, gradients are wanted, and nobody looks at operators."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and isinstance(field, VelocityField)):
+    if not (operators.unobserved() and torch.is_grad_enabled() and isinstance(field, VelocityField)):
         return False
     spec, backend = field.spec, ops.DEFAULT_BACKEND if backend is None else backend
     if spec.film or spec.time_sizes or not spec.cond_dim:
         return False
     if backend not in ops.BACKENDS or not ops.runs_native(backend) or torch.is_autocast_enabled("cpu"):
         return False
-    if not operators.unwatched() or operators.inside_transform() or cpu.unsupported(torch.float32):
+    if cpu.unsupported(torch.float32):
         return False
     return all(type(p) in operators.ORDINARY and p.dtype is torch.float32 and p.is_cpu for p in field.parameter_list())
 

@@ -402,6 +402,11 @@ def unwatched() -> bool:
     return not watched and torch.autograd.forward_ad._current_level < 0
 
 
+def unobserved() -> bool:
+    """Whether native code may be called with no operator around it: nothing compiles, transforms or watches that."""
+    return not torch.compiler.is_compiling() and unwatched() and not inside_transform()
+
+
 def _look(arguments: Sequence[Any]) -> tuple[bool, bool]:
     """(whether nobody watches operators and all tensors are ordinary ones, whether one requires a gradient)."""
     plain = unwatched()

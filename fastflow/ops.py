@@ -336,12 +336,12 @@ def _plain_rows_and_weights(
     precision: str | None,
 ) -> tuple[tuple[int, int], list[Tensor]] | None:
     """((B, S), all fields' parameters) of a walk that native code runs as it is; else None."""
-    if torch.compiler.is_compiling():
+    if not operators.unobserved():
         return None
     if not fields or any(not isinstance(f, VelocityField) or f.key != fields[0].key for f in fields):
         return None
     rows = plain_rows(fields[0].spec, x_0, cond, len(fields))
-    if rows is None or not operators.unwatched() or operators.inside_transform():
+    if rows is None:
         return None
     backend = DEFAULT_BACKEND if backend is None else backend
     if not runs_native(backend) or torch.is_autocast_enabled("cpu"):

@@ -109,9 +109,7 @@ class Backup:
         given: list[Tensor] = [batch["rewards"], batch["masks"]] if bootstrapped else [batch["returns"]]
         given += [] if noise is None else [noise]
         expected: list[Any] = [(target_q, (e, b, s)), (q, (e, b, s)), *((x, (b,)) for x in given)]
-        if torch.compiler.is_compiling() or not ordinary(expected) or not operators.unwatched():
-            return None
-        if operators.inside_transform() or cpu.unsupported(torch.float32):
+        if not (operators.unobserved() and ordinary(expected)) or cpu.unsupported(torch.float32):
             return None
         rows = [x.contiguous() for x in given]
         rewards, masks = rows[0], rows[1] if bootstrapped else None

@@ -210,11 +210,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Robot manipulation on one CPU core: the published setting with narrower networks, one noise sample, and a larger
     # learning rate that decays.
     "cube-single-play/cpu": {
-        **{
-            key: value
-            for key, value in _DEMO.items()
-            if key in ("lr", "tau", "noise_samples", "noise_coverage", "sigma")
-        },
+        **_DEMO,
         **_PUBLISHED["cube-single-play"][0],
         "block_width": 128,
         "value_hidden_dims": (128, 128, 128),
@@ -390,11 +386,14 @@ class FloqAgent(FqlActorAgent):
 
     def _make_networks(self, generator: torch.Generator) -> FloqNetworks:
         networks = FloqNetworks(self.config, self.obs_dim, self.action_dim, self.reward_range, generator)
-        flow_critic = cast(FlowCritic, networks.floq)
-        self._value_range = flow_critic.value_range
         names = ("q_agg", "backup", "critic_target", "discount", "target_noise")
         fixed = {name: getattr(self.config, name) for name in names}
-        self._backup = Backup(**fixed, value_range=self._value_range, clip=self._clip_range)
+        low, high = (r / (1.0 - self.config.discount) for r in self.reward_range)
+        self._backup = Backup(
+            **fixed,
+            value_range=cast(FlowCritic, networks.floq).value_range,
+            clip=(low, high) if self.config.clip_values else None,
+        )
         return networks
 
     def sample_noise(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> FloqNoise:
@@ -485,15 +484,9 @@ class FloqAgent(FqlActorAgent):
         obs = obs.unsqueeze(-2).expand(*noise.shape[:-1], self.obs_dim)
         actions = self.networks.actor_onestep_flow(obs, noise)
         values = self.networks.critic(obs, actions).mean(0)
-        if self._clip_range is not None:
-            values = values.clamp(*self._clip_range)
+        if self._backup.clip is not None:
+            values = values.clamp(*self._backup.clip)
         return actions.take_along_dim(values.argmax(-2, keepdim=True), -2).squeeze(-2)
-
-    @property
-    def _clip_range(self) -> tuple[float, float] | None:
-        """What rewards can add up to, where values are clipped to it."""
-        low, high = (r / (1.0 - self.config.discount) for r in self.reward_range)
-        return (low, high) if self.config.clip_values else None
 
     @torch.no_grad()
     def act(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -549,7 +542,7 @@ class FloqAgent(FqlActorAgent):
             **{f"flow/displacement.{k}": size for k, size in enumerate(steps.abs().mean((0, 1, 2)))},
             "flow/curvature": (velocities - whole).square().mean() / whole.square().mean().clamp_min(1e-12),
             "flow/variance": path[..., -1].var(2, correction=0).mean(),
-            "flow/outside_range": share_outside(path, self._value_range),
+            "flow/outside_range": share_outside(path, self._backup.value_range),
             "flow/feature_norm": feature_norm(self.networks.floq.field, path[..., :1], cond),
         }
 
@@ -558,7 +551,7 @@ class FloqAgent(FqlActorAgent):
         share = metrics.get("critic/outside_range", 0.0)
         if share <= _OUTSIDE:
             return None
-        low, high = self._value_range
+        low, high = self._backup.value_range
         return (
             f"{share:.1%} of the flow critic's values lie outside [{low:g}, {high:g}], all that rewards in "
             f"[{self.reward_range[0]:g}, {self.reward_range[1]:g}] can add up to: it diverges, or the data's rewards "

@@ -464,11 +464,7 @@ class FqlActorAgent(abc.ABC):
         if found is None:
             action = self.networks.actor_onestep_flow(obs, noise.action, raw=True)
             distill_loss = (action - flow_action).square().mean()
-            q = self._value(obs, action.clamp(-1, 1), noise)
-            q_mean = q.mean()
-            q_loss = -q_mean
-            if config.normalize_q_loss:
-                q_loss = q_loss / q.detach().abs().mean()
+            q_mean, q_loss = self._value_term(obs, action, noise)
         else:
             distill_loss, q_mean, q_loss = found
         actor_loss = bc_flow_loss + config.alpha * distill_loss + q_loss
@@ -479,6 +475,12 @@ class FqlActorAgent(abc.ABC):
             "q_loss": q_loss,
             "q": q_mean,
         }
+
+    def _value_term(self, obs: Tensor, action: Tensor, noise: FqlActorNoise) -> tuple[Tensor, Tensor]:
+        """The mean value of the policy's actions and its term of the loss."""
+        q = self._value(obs, action.clamp(-1, 1), noise)
+        q_mean = q.mean()
+        return q_mean, -q_mean / q.detach().abs().mean() if self.config.normalize_q_loss else -q_mean
 
     def _bc_flow_loss(self, obs: Tensor, actions: Tensor, noise: FqlActorNoise, direct: bool) -> Tensor:
         flow = self.networks.actor_bc_flow
@@ -512,9 +514,7 @@ class FqlActorAgent(abc.ABC):
         if onestep is None:
             return None
         action = onestep.y.requires_grad_()
-        q = self._value(obs, action.clamp(-1, 1), noise)
-        q_mean = q.mean()
-        q_loss = -q_mean / q.detach().abs().mean() if config.normalize_q_loss else -q_mean
+        q_mean, q_loss = self._value_term(obs, action, noise)
         slope = torch.autograd.grad(q_loss, action)[0]
         away = onestep.y.detach() - flow_action
         onestep.back((away * (2 * config.alpha / away.numel())).add_(slope), known.parts)

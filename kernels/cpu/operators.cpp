@@ -653,28 +653,22 @@ void loss_bwd(Arguments& g) {
   packed_weights.trim(KEEP);
 }
 
-// The mean loss of all rows, each with its weight, and `scale` times its gradients in one go: a block goes forward and
-// back while its activations are at hand.
-template <bool BF>
-void matching(Arguments& g) {
-  Loss w(g);
-  w.apart = 0, w.sharing = g.integer();
-  const long error_of = g.integer();  // see `error_weight`
-  const float scale = g.real();
-  const float* weights = g.pointer<float>();                          // [M], or null
-  float *mean = g.pointer<float>(), *of_rows = g.pointer<float>();  // [E, M] without their weights, or null
-  const long D = w.net.D, block = w.block();
+// Losses and their weights' gradients in one go: a block goes forward and back while its activations are at hand.
+// differentiate(e, first, rows, error, of_block, sum) makes of a block's errors [rows, D] the loss's gradients by them,
+// with room for a number per row, and may add to its chunk's sum. Returns the chunks' sums together.
+template <bool BF, class Differentiate>
+double one_pass(const Loss& w, Arguments& g, long block, Differentiate differentiate) {
+  const long D = w.net.D;
   Chunks<BF> chunks(w, g, true, block);
   const auto packed = pack_weights<BF>(w, true);
   std::vector<double> sums(size_t(w.E * chunks.chunks));
-  const float factor = float(2.0 * double(scale) / double(w.E * w.M * D));
   for_all(w.E * chunks.chunks, w.threads, [&](long task) {
     const long e = task % w.E, from = task / w.E * chunks.rows, to = std::min(w.M, from + chunks.rows);
     Block<BF> b(w.net);
-    float *x, *error, *d_x, *losses;
+    float *x, *error, *d_x, *of_block;
     own_buffers.hold([&](Arena& a) {
       b.lay(a, block, false, true);
-      x = a.take(block * D), error = a.take(block * D), d_x = a.take(block * D), losses = a.take(block);
+      x = a.take(block * D), error = a.take(block * D), d_x = a.take(block * D), of_block = a.take(block);
     });
     b.w = &packed[size_t(e)], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
     chunks.begin(task);
@@ -682,13 +676,7 @@ void matching(Arguments& g) {
       b.rows = std::min(block, to - first);
       set_inputs(w, b, e, first, x, true);
       errors(w, b, e, first, x, error);
-      mean_squares(error, b.rows, D, losses);
-      if (of_rows) memcpy(of_rows + e * w.M + first, losses, size_t(b.rows) * 4);
-      for (long r = 0; r < b.rows; r++) {
-        const float weight = error_weight(error_of, w.t[first + r]) * (weights ? weights[first + r] : 1.0f);
-        sums[size_t(task)] += double(losses[r]) * double(weight);
-        for (long j = 0; j < D; j++) error[r * D + j] *= factor * weight;
-      }
+      differentiate(e, first, b.rows, error, of_block, sums[size_t(task)]);
       begin_back(w, b, first, error, d_x);
       b.backward(0, true, false, false);
       b.cond_gradient(true, nullptr);
@@ -700,6 +688,30 @@ void matching(Arguments& g) {
   packed_weights.trim(KEEP);
   double sum = 0.0;
   for (double of_task : sums) sum += of_task;
+  return sum;
+}
+
+// The mean loss of all rows, each with its weight, and `scale` times its gradients.
+template <bool BF>
+void matching(Arguments& g) {
+  Loss w(g);
+  w.apart = 0, w.sharing = g.integer();
+  const long error_of = g.integer();  // see `error_weight`
+  const float scale = g.real();
+  const float* weights = g.pointer<float>();                          // [M], or null
+  float *mean = g.pointer<float>(), *of_rows = g.pointer<float>();  // [E, M] without their weights, or null
+  const long D = w.net.D;
+  const float factor = float(2.0 * double(scale) / double(w.E * w.M * D));
+  const double sum = one_pass<BF>(
+      w, g, w.block(), [&](long e, long first, long rows, float* error, float* losses, double& of_chunk) {
+        mean_squares(error, rows, D, losses);
+        if (of_rows) memcpy(of_rows + e * w.M + first, losses, size_t(rows) * 4);
+        for (long r = 0; r < rows; r++) {
+          const float weight = error_weight(error_of, w.t[first + r]) * (weights ? weights[first + r] : 1.0f);
+          of_chunk += double(losses[r]) * double(weight);
+          for (long j = 0; j < D; j++) error[r * D + j] *= factor * weight;
+        }
+      });
   mean[0] = float(sum / double(w.E * w.M));
 }
 
@@ -782,8 +794,7 @@ struct Objective {
 // mean, largest, and mean of rho - 1 - log rho.
 constexpr long STATISTICS = 6;
 
-// FPO's loss and its gradients in one go: a block of actions with all their pairs goes forward and back while its
-// activations are at hand.
+// FPO's loss and its gradients; a block holds actions with all their pairs.
 template <bool BF>
 void policy(Arguments& g) {
   Loss w(g);
@@ -793,39 +804,16 @@ void policy(Arguments& g) {
         *statistics = g.pointer<float>();
   const long D = w.net.D, N = w.S, per = objective.per_action ? 1 : N;
   const long block = N * std::max<long>(1, w.block() / N);
-  Chunks<BF> chunks(w, g, true, block);
-  const auto packed = pack_weights<BF>(w, true);
-  for_all(chunks.chunks, w.threads, [&](long task) {
-    const long from = task * chunks.rows, to = std::min(w.M, from + chunks.rows);
-    Block<BF> b(w.net);
-    float *x, *error, *d_x, *grads;
-    own_buffers.hold([&](Arena& a) {
-      b.lay(a, block, false, true);
-      x = a.take(block * D), error = a.take(block * D), d_x = a.take(block * D), grads = a.take(block);
-    });
-    b.w = &packed[0], b.sums = &chunks.sums[size_t(task)], b.grads = &chunks.grads[size_t(task)];
-    chunks.begin(task);
-    for (long first = from; first < to; first += block) {
-      b.rows = std::min(block, to - first);
-      set_inputs(w, b, 0, first, x, true);
-      errors(w, b, 0, first, x, error);
-      mean_squares(error, b.rows, D, losses + first);
-      objective.scaled(w.t + first, b.rows, losses + first);
-      for (long r = 0; r < b.rows; r += N) {
-        const long i = (first + r) / N;
-        objective.action(i, N, w.t + first + r, losses + first + r, grads + r, log_ratio + i * per, ratios + i * per);
-      }
-      for (long r = 0; r < b.rows; r++)
-        for (long j = 0; j < D; j++) error[r * D + j] *= 2.0f / float(D) * grads[r];
-      begin_back(w, b, first, error, d_x);
-      b.backward(0, true, false, false);
-      b.cond_gradient(true, nullptr);
+  one_pass<BF>(w, g, block, [&](long, long first, long rows, float* error, float* grads, double&) {
+    mean_squares(error, rows, D, losses + first);
+    objective.scaled(w.t + first, rows, losses + first);
+    for (long r = 0; r < rows; r += N) {
+      const long i = (first + r) / N;
+      objective.action(i, N, w.t + first + r, losses + first + r, grads + r, log_ratio + i * per, ratios + i * per);
     }
-    chunks.finish(task);
-    own_buffers.trim(KEEP);
+    for (long r = 0; r < rows; r++)
+      for (long j = 0; j < D; j++) error[r * D + j] *= 2.0f / float(D) * grads[r];
   });
-  chunks.join();
-  packed_weights.trim(KEEP);
   double sums[STATISTICS] = {};
   float largest = -INFINITY;
   for (long i = 0; i < w.B * per; i++) {
