@@ -27,6 +27,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "floq-plasticity": ("fastflow.experiments.floq", "PLASTICITY"),
     "floq-utd": ("fastflow.experiments.floq", "UTD"),
     "floq-feature-norm": ("fastflow.experiments.floq", "FEATURE_NORM"),
+    "floq-precision": ("fastflow.experiments.floq", "PRECISION"),
     "floq-medium": ("fastflow.experiments.floq", "MEDIUM"),
     "baselines-pointmaze": ("fastflow.experiments.baselines", "POINTMAZE"),
     "baselines-cube-double": ("fastflow.experiments.baselines", "CUBE_DOUBLE"),

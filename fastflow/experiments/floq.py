@@ -20,6 +20,7 @@ __all__ = [
     "MEDIUM",
     "NOISE_RANGE",
     "PLASTICITY",
+    "PRECISION",
     "RECOVERY",
     "STEPS",
     "TARGET",
@@ -355,6 +356,26 @@ MEDIUM = Experiment(
         _VARIANCE,
     ),
     reference="cpu",
+)
+
+# One setting for every network of the agent and for losses as well as walks: more than mixed precision as a rule rounds.
+PRECISION = Experiment(
+    name="floq-precision",
+    title="Precision of floq's matrix products",
+    agent="floq",
+    question="Does a floq whose products are of bfloat16, or TF32, learn what float32 does?",
+    arms=(
+        _arm("fp32", "float32", {"agent.precision": "fp32", "matmul_precision": "highest"}),
+        _arm("bf16", "bfloat16", {"agent.precision": "bf16", "matmul_precision": "highest"}),
+        _arm("tf32", "TF32 (float32 on a CPU)", {"agent.precision": "tf32", "matmul_precision": "high"}),
+    ),
+    sizes={
+        "small": SMALL,
+        "small-gpu": Size({**SMALL.settings, "device": "cuda"}, SMALL.seeds, "a GPU, minutes"),
+        **_sizes(("cube-single-play",)),
+    },
+    metrics=(_SUCCESS, _LAST, _LENGTH, _ERROR, _BIAS),
+    reference="fp32",
 )
 
 _ONLINE = 1_500
