@@ -362,19 +362,15 @@ class UpdateCase:
         return [{name: x.to(device) for name, x in batch().items()} for _ in range(count)]
 
     @property
-    def flops(self) -> int:
-        """Unavoidable FLOPs of one update: matrix products alone, see the module's docstring."""
+    def operators(self) -> list[Case]:
+        """The walks and losses of one update."""
         c = self.config()
         o, a, b, s = self.obs_dim, self.action_dim, c.batch_size, c.noise_samples
         critic = dataclasses.replace(
             FLOQ, cond_dim=o + a, hidden=(c.block_width,) * c.block_depth, ensemble=c.flow_num_ensembles
         )
         actor = ff.FieldSpec(a, o, c.actor_hidden_dims)
-        value = sum(i * j for i, j in _pairs(o + a, *c.value_hidden_dims, 1))
-        value_input = value - (o + a) * c.value_hidden_dims[0]
-        onestep = sum(i * j for i, j in _pairs(o + a, *c.actor_hidden_dims, a))
-        onestep_input = onestep - (o + a) * c.actor_hidden_dims[0]
-        operators = [
+        return [
             # The target walks from a fresh next action per noise sample, the online field from one action per row.
             Case("", "", "integrate", critic, b * s, None, c.critic_flow_steps),
             Case("", "", "integrate", critic, b, s, c.critic_flow_steps),
@@ -382,11 +378,26 @@ class UpdateCase:
             Case("", "", "integrate", actor, b, None, c.flow_steps),
             Case("", "", "matching", actor, b, gradient=PARAMETERS),
         ]
+
+    @property
+    def plain_flops(self) -> int:
+        """FLOPs of its plain networks: the distilled critic and the one-step actor, forward and back."""
+        c = self.config()
+        o, a, b, s = self.obs_dim, self.action_dim, c.batch_size, c.noise_samples
+        value = sum(i * j for i, j in _pairs(o + a, *c.value_hidden_dims, 1))
+        value_input = value - (o + a) * c.value_hidden_dims[0]
+        onestep = sum(i * j for i, j in _pairs(o + a, *c.actor_hidden_dims, a))
+        onestep_input = onestep - (o + a) * c.actor_hidden_dims[0]
         plain = b * s * onestep + b * (2 * onestep + onestep_input)
         plain += c.num_ensembles * b * (2 * value + value_input)
         # The actor's value term: forward, and back to the action alone.
         plain += c.num_ensembles * b * 2 * value
-        return sum(case.flops for case in operators) + 2 * plain
+        return 2 * plain
+
+    @property
+    def flops(self) -> int:
+        """Unavoidable FLOPs of one update: matrix products alone, see the module's docstring."""
+        return sum(case.flops for case in self.operators) + self.plain_flops
 
     def shrunk(self) -> UpdateCase:
         """The case small enough for a test."""
@@ -421,6 +432,8 @@ def _named(*cases: Case) -> dict[str, Case]:
 
 
 NUM_STEPS = (1, 2, 4, 8, 16, 32, 64)
+# Rows per net of the figure over rows, those of the cases with a goal among them.
+NUM_ROWS = (64, 256, 512, 1024, 2048, 4096, 8192)
 
 # What a floq or FQL update consists of.
 FLOQ_CASES = _named(
@@ -434,6 +447,7 @@ FLOQ_CASES = _named(
     Case("demo-walk", "demo critic walk, 2 nets x 256 rows, 2x64, K=8", "integrate", DEMO_CRITIC, 256, None, 8),
     _loss("demo-loss", "demo critic loss with gradients, 2 nets x 256 rows, 2x64", "matching", DEMO_CRITIC, 256),
     *(_floq_walk(2048, k, f"walk-2x2048-k{k}") for k in NUM_STEPS if k != 8),
+    *(_floq_walk(rows) for rows in NUM_ROWS if rows not in (256, 2048, 8192)),
 )
 
 # Gradients through walks, and the fields of other papers.

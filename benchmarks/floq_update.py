@@ -92,10 +92,10 @@ def compiled_update(agent: FloqAgent) -> tuple[Callable[[Mapping[str, Tensor]], 
     """
     needs_compiler(CPU)
     note = "compiled: both losses with all walks, forward and backward, as one graph; fused Adam beside it"
-    return _update_by(agent, torch.compile(agent.losses, fullgraph=True, dynamic=False)), note
+    return update_by(agent, torch.compile(agent.losses, fullgraph=True, dynamic=False)), note
 
 
-def _update_by(agent: FloqAgent, losses: Callable[..., Any]) -> Callable[[Mapping[str, Tensor]], Any]:
+def update_by(agent: FloqAgent, losses: Callable[..., Any]) -> Callable[[Mapping[str, Tensor]], Any]:
     """`FloqAgent.update` with other losses."""
 
     def update(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """python -m benchmarks.gpu: checks the kernels on a GPU, measures them beside their rivals, writes one JSON file.
 
-The kernel tests come first, then the most important measurements, and the file is written anew after every stage, so
-that whatever ends a run early leaves what was measured until then. Exit code 0: kernels right and measured. 1: no CUDA,
+Beside it, by the same name: a table with every goal beside what was measured (.md), and a figure (.png). The kernel
+tests come first, then the most important measurements, and the file is written anew after every stage, so that
+whatever ends a run early leaves what was measured until then. Exit code 0: kernels right and measured. 1: no CUDA,
 a failed test, or a result less accurate than it must be.
 """
 
@@ -35,8 +36,11 @@ FORMAT = 1
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = tuple(f"tests/test_{name}.py" for name in ("published", "integrate", "matching", "philox", "ops"))
 MAIN_CASES = ("walk-2x2048", "loss-2x2048")
-COMPILERS = ("compile", "compile reduce-overhead", "compile max-autotune")
+# The first is what goals are against; every one takes its time to compile.
+BEST_COMPILER, OTHER_COMPILERS = "compile max-autotune", ("compile reduce-overhead", "compile")
 JAX = ("jax", "jax unrolled")
+# K at which torch.compile takes part: every K is compiled anew, its loop unrolled. K=8 is one of the main cases.
+COMPILED_STEPS = (1, 2, 4)
 
 
 class OutOfTime(Exception):
@@ -63,6 +67,7 @@ class Run:
         self.timer = Timer(device, 0.002 if arguments.small else 0.015)
         self.precisions = ("bf16", "tf32") if device.type == "cuda" else ("bf16", "fp32")
         self.dead: str | None = None
+        self.launches: dict[str, int] = {}
         self.child: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()
         now = datetime.datetime.now(datetime.timezone.utc)
@@ -74,12 +79,15 @@ class Run:
             "complete": False,
             "ok": True,
             "small": arguments.small,
+            "only": arguments.only,
             **facts,
             "clocks": {"start": machine.clocks(device)},
             "context": {},
             "tests": {"status": "not run"},
             "cases": {},
             "updates": {},
+            "predictions": {},
+            "ncu": {"status": "not run", "cases": {}},
             "stages": [],
             "skipped": [],
             "failures": [],
@@ -95,14 +103,20 @@ class Run:
         return self.limit - (time.monotonic() - self.began)
 
     def write(self) -> None:
-        """The report as it is now, in place of the one before."""
+        """The report as it is now, in place of the one before, and its table of goals."""
+        from benchmarks import gpu_goals
         from fastflow.atomic import atomic_write
 
         with self.lock:
             self.report["seconds"] = round(time.monotonic() - self.began, 1)
-            text = json.dumps(_finite(self.report), indent=1, allow_nan=False)
-            with atomic_write(self.path) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+            texts = {}
+            if not self.arguments.sweep:
+                self.report["goals"] = gpu_goals.evaluate(self.report)
+                texts[self.path.with_suffix(".md")] = gpu_goals.markdown(self.report)
+            texts[self.path] = json.dumps(_finite(self.report), indent=1, allow_nan=False) + "\n"
+            for path, text in texts.items():
+                with atomic_write(path) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
 
     def stage(self, name: str, needed: float, work: Callable[[], None], on_device: bool = True) -> None:
         """Do `work` if at least `needed` seconds are left and the device still answers; write the report after it."""
@@ -346,51 +360,6 @@ def _peak_memory(device: torch.device, call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def measure_update(run: Run, name: str, precision: str) -> None:
-    """Whole updates per second, fused and by the reference; the losses of the first update must agree."""
-    from benchmarks.cases import UPDATES
-    from benchmarks.measure import Entry, ratios
-    from benchmarks.rivals import global_precision
-
-    case = UPDATES[name].shrunk() if run.arguments.small else UPDATES[name]
-    at = run.report["updates"].setdefault(
-        name, {"title": UPDATES[name].title, "flops": case.flops, "batch_size": case.config().batch_size, "results": []}
-    )
-    batches = case.batches(run.device)
-    backends = {"fused": "fused" if run.device.type == "cuda" else "auto", "eager": "reference"}
-    entries: list[Entry] = []
-    first: dict[str, dict[str, float]] = {}
-
-    def prepare(rival: str, backend: str) -> None:
-        agent = case.agent(run.device, backend, precision)
-        first[rival] = {key: float(value) for key, value in agent.update(batches[0]).items()}
-        turn = itertools.cycle(batches)
-        entries.append(Entry(rival, lambda: agent.update(next(turn)), run.timer.finish))
-
-    with global_precision(precision):
-        for rival, backend in backends.items():
-            run.attempt(f"{name} {precision} {rival}", functools.partial(prepare, rival, backend), rival == "fused")
-        if not entries or run.dead:
-            return
-        timings = run.timer.measure(entries, run.rounds)
-    difference = None
-    if len(first) == 2:
-        losses = ("critic/critic_loss", "actor/actor_loss")
-        difference = max(
-            abs(first["fused"][key] - first["eager"][key]) / max(abs(first["eager"][key]), 1e-3) for key in losses
-        )
-        allowed = 0.02 if precision == "bf16" else 0.005
-        if not difference <= allowed:
-            error = f"losses of the first update differ by {difference:.2e} of themselves, allowed {allowed}: {first}"
-            run.fail(f"{name} {precision}: agreement", error, grave=True)
-    for key, timing in timings.items():
-        row = {"rival": key, "mode": "call", "precision": precision, **timing.as_json()}
-        row |= {"updates_per_second": 1 / timing.median, "tflops": 1e-12 * case.flops / timing.median}
-        row["loss_difference"] = difference
-        row["vs_fused"] = {"call": ratios(timing, timings["fused"])} if "fused" in timings else {}
-        at["results"].append(row)
-
-
 def processes(run: Run) -> int:
     """How many processes compile kernels at a time: compilers take a core each, and a GPU's context its memory."""
     most = min(16, os.cpu_count() or 1)
@@ -507,7 +476,7 @@ def fit_steps(run: Run) -> None:
         # The last measurement of a case under each heading.
         latest = {}
         for row in run.report["cases"].get(name, {}).get("results", []):
-            if row["precision"] == "bf16" and row["rival"] in ("fused", "eager"):
+            if row["precision"] == "bf16" and row.get("accurate", True):
                 latest[f"{row['rival']} {row['mode']}"] = row["median_us"]
         for heading, value in latest.items():
             points.setdefault(heading, []).append((k, value))
@@ -681,6 +650,52 @@ def _time_tiles(run: Run, job: Any, row: dict[str, Any]) -> None:
             row["error"] = "see failures"
 
 
+# What follows from a run ---------------------------------------------------------------------------------------------
+
+
+def compare_predictions(run: Run) -> None:
+    """The model's times beside the measured ones."""
+    from benchmarks import predictions
+    from benchmarks.rivals import Skipped
+    from fastflow.kernels import roofline
+
+    machine = roofline.machine_of(run.report["hardware"].get("gpu", ""))
+    if machine is None or run.arguments.small:
+        raise Skipped("the model knows " + ", ".join(roofline.MACHINES) + ", and cases as large as they are")
+    found = predictions.compare(run.report, machine, "bf16", run.device, run.launches)
+    run.report["predictions"] = found
+    print(predictions.beside(found), flush=True)
+
+
+def profile_cases(run: Run, names: Sequence[str]) -> None:
+    """Tensor pipes and L2 of the main cases, where NVIDIA's profiler is there and works."""
+    from benchmarks import ncu
+
+    report = run.report["ncu"]
+    try:
+        for name in names:
+            if run.able(f"ncu {name}"):
+                seconds = min(ncu.SECONDS, run.left())
+                found = ncu.profile(name, run.precisions[0], seconds, run.arguments.small)
+                report["cases"][name] = found
+                line = f"{name}: tensor pipes {found['tensor_percent']:.0f} %, L2 {found['l2_tbytes_per_s']:.3g} TB/s"
+                print(f"          {line}", flush=True)
+        report["status"] = "done"
+    except ncu.Unavailable as reason:
+        report["status"] = str(reason)
+        run.skip("ncu", str(reason))
+
+
+def draw_figure(run: Run) -> None:
+    """Time over K and over rows, beside the results file."""
+    from benchmarks import gpu_figure
+
+    try:
+        print(gpu_figure.draw(run.report, run.path.with_suffix(".png")), flush=True)
+    except (ImportError, ValueError) as error:
+        run.skip("figure", str(error))
+
+
 # Tables -------------------------------------------------------------------------------------------------------------
 
 
@@ -716,8 +731,9 @@ def table(run: Run, names: Iterable[str] | None = None) -> str:
             lines += ["", f"{name}: {case['title']}; {case['flops'] / 1e9:.4g} GFLOP"]
             for row in case["results"]:
                 rates = f"{row['updates_per_second']:8.1f} updates/s {row['tflops']:8.4g} TFLOP/s"
-                label = f"{row['precision']} {row['rival']}"
-                lines.append(f"  {label:30}{row['median_us']:10.1f} us {rates} {_times(row, 'call')} x fused")
+                label = f"{row['precision']} {row['rival']}{' as a graph' if row['mode'] == 'graph' else ''}"
+                beside = f"{_times(row, 'call')} x fused {_times(row, 'graph')} x graph"
+                lines.append(f"  {label:30}{row['median_us']:10.1f} us {rates} {beside}")
     for heading, fit in run.report.get("k_scaling", {}).get("fits", {}).items():
         if wanted is None:
             line = f"{fit['fixed_us']:.1f} us + {fit['slope_us']:.2f} us K, off by {fit['worst_relative']:.1%}"
@@ -769,18 +785,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure_everything(run: Run) -> None:
-    """All stages: the tests, what a floq update consists of, the other papers' cases, then slower rivals."""
-    from benchmarks.cases import CASES, PAPER_CASES, UPDATES
+    """All stages: the tests, what has a goal beside eager PyTorch, its slower rivals, then everything else."""
+    from benchmarks import gpu_updates
+    from benchmarks.cases import CASES, PAPER_CASES
+    from benchmarks.gpu_goals import NAMES
 
     low, high = run.precisions
     only = re.compile(run.arguments.only or "")
-    chosen = [name for name in CASES if only.search(name)]
-    updated = [name for name in UPDATES if only.search(name)]
+    # Those with a goal first.
+    chosen = sorted((name for name in CASES if only.search(name)), key=lambda name: name not in NAMES)
+    updated = sorted((n for n in gpu_updates.GPU_UPDATES if only.search(n)), key=lambda name: name not in NAMES)
     main = [name for name in MAIN_CASES if name in chosen]
     papers = [name for name in chosen if name in PAPER_CASES]
     steps = [name for name in chosen if "-k" in name]
-    sizes = [name for name in chosen if name not in (*main, *papers, *steps)]
-    jax_first = [name for name in (*main, "walk-2x256") if name in chosen]
+    rows = [name for name in chosen if re.fullmatch(r"walk-2x\d+", name) and name not in NAMES]
+    sizes = [name for name in chosen if name not in (*main, *papers, *steps, *rows)]
+    goals = [name for name in (*sizes, *papers) if name in NAMES]
+    goal_updates = [name for name in updated if name in NAMES]
+    compiled_steps = [name for name in steps if int(name.rpartition("-k")[2]) in COMPILED_STEPS]
 
     def cases(names: Iterable[str], precision: str, rivals: Sequence[str], **options: Any) -> Callable[[], None]:
         def work() -> None:
@@ -791,11 +813,18 @@ def measure_everything(run: Run) -> None:
 
         return work
 
-    def updates() -> None:
-        for precision, name in itertools.product(run.precisions, updated):
-            if run.able(f"{name} {precision}"):
-                measure_update(run, name, precision)
-                run.write()
+    def updates(names: Iterable[str], precision: str, rivals: Sequence[str], **options: Any) -> Callable[[], None]:
+        def work() -> None:
+            for name in names:
+                if run.able(f"{name} {precision} {', '.join(rivals)}"):
+                    gpu_updates.measure_update(run, name, precision, rivals, **options)
+                    run.write()
+
+        return work
+
+    def share(most: float = 90.0) -> dict[str, float]:
+        """What a compiler may take of the time that is left."""
+        return {"seconds_per_rival": max(1.0, min(most, 0.4 * run.left()))}
 
     if run.arguments.tests:
         # Its own processes: they run even if the device gives up on one of them.
@@ -806,23 +835,42 @@ def measure_everything(run: Run) -> None:
     if main:
         print(table(run, main), flush=True)
     run.stage("sizes", 5, cases(sizes, low, ("fused", "eager")))
-    run.stage("updates", 5, updates)
+    run.stage("updates", 5, updates(updated, low, gpu_updates.FIRST_RIVALS))
     run.stage(f"{high} products", 5, cases(main, high, ("fused", "eager")))
     run.stage("papers", 5, cases(papers, low, ("fused", "eager")))
     for name in main:
-        share = min(90.0, 0.4 * run.left())
-        work = cases([name], low, ("fused", "eager", *COMPILERS), seconds_per_rival=share)
-        run.stage(f"torch.compile, {name}", 30, work)
-    run.stage("JAX", 20, cases(jax_first, low, ("fused", *JAX)))
+        run.stage(f"torch.compile, {name}", 30, cases([name], low, ("fused", "eager", BEST_COMPILER), **share()))
+    run.stage("JAX", 20, cases([*main, *goals], low, ("fused", *JAX)))
     run.stage("number of steps", 10, cases(steps, low, ("fused", "eager")))
     run.attempt("time over K", lambda: fit_steps(run))
-    for name in sizes:
-        run.stage(f"torch.compile, {name}", 40, cases([name], low, ("fused", *COMPILERS[1:])))
-    run.stage("JAX, other sizes", 30, cases([name for name in sizes if name not in jax_first], low, ("fused", *JAX)))
+    run.stage("predictions", 5, lambda: compare_predictions(run))
+    for name in goals:
+        run.stage(f"torch.compile, {name}", 30, cases([name], low, ("fused", BEST_COMPILER), **share()))
+    for name in goal_updates:
+        rivals = ("fused", "fused + graph", *gpu_updates.COMPILED_RIVALS)
+        run.stage(f"torch.compile, {name}", 40, updates([name], low, rivals, **share(120.0)))
+    run.stage("JAX, updates", 30, updates(goal_updates, low, ("fused", "fused + graph", *gpu_updates.JAX_RIVALS)))
+    for name in compiled_steps:
+        run.stage(f"torch.compile, {name}", 20, cases([name], low, ("fused", BEST_COMPILER), **share(60.0)))
+    run.stage("number of rows", 10, cases(rows, low, ("fused", "eager", "jax")))
+    run.stage("JAX, number of steps", 20, cases(steps, low, ("fused", "jax")))
+    others = [name for name in (*sizes, *papers) if name not in goals]
+    run.stage("JAX, other cases", 30, cases(others, low, ("fused", *JAX)))
+    run.stage(f"{high} products, updates", 10, updates(updated, high, ("fused", "eager")))
     run.stage(f"{high} products, papers", 10, cases(papers, high, ("fused", "eager")))
-    for name in papers:
-        run.stage(f"torch.compile, {name}", 40, cases([name], low, ("fused", *COMPILERS)))
-    run.stage("JAX, papers", 30, cases(papers, low, ("fused", *JAX)))
+    for name in (*main, *goals, *others):
+        rivals = ("fused", *(() if name in NAMES else (BEST_COMPILER,)), *OTHER_COMPILERS)
+        run.stage(f"other modes of torch.compile, {name}", 40, cases([name], low, rivals, **share()))
+    run.stage("ncu", 20, lambda: profile_cases(run, main))
+
+
+def conclude(run: Run) -> None:
+    """What follows from the measurements, whatever time is left."""
+    run.attempt("time over K", lambda: fit_steps(run))
+    if run.launches and not run.dead:
+        run.attempt("predictions", lambda: compare_predictions(run))
+    draw_figure(run)
+    run.write()
 
 
 def watch(run: Run, grace: float = 20.0) -> None:
@@ -856,7 +904,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: --output {arguments.output}: {error.strerror}", file=sys.stderr)
         return 2
-    from benchmarks import history, machine
+    from benchmarks import gpu_goals, history, machine
 
     run = Run(arguments, device)
     watch(run)
@@ -870,6 +918,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.stage("sweep", 0, lambda: sweep(run))
         else:
             measure_everything(run)
+            conclude(run)
         run.report["complete"] = True
     except KeyboardInterrupt:
         run.fail("run", "interrupted", grave=True)
@@ -879,6 +928,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (arguments.small or arguments.sweep):
         history.append(run.report, run.path.parent)
     print(table(run))
+    if not arguments.sweep:
+        print("\n" + gpu_goals.markdown(run.report))
     summarize(run)
     return 0 if run.report["ok"] else 1
 

@@ -31,15 +31,16 @@ class JaxFloq:
         agent: whose parameters and configuration are taken; it is not changed.
         precision: of the matrix products of walks and flow losses: "fp32", or "bf16" with float32 sums.
         unrolled: walks unrolled in place of `lax.scan`.
+        plain: precision of the plain networks beside them, "tf32" for JAX's default.
 
     Raises:
         ValueError: an agent with a schedule of the learning rate or observation statistics, which this has not.
     """
 
-    def __init__(self, agent: FloqAgent, precision: str = "fp32", unrolled: bool = False) -> None:
+    def __init__(self, agent: FloqAgent, precision: str = "fp32", unrolled: bool = False, plain: str = "fp32") -> None:
         if agent.config.lr_decay_steps or agent.observation_mean is not None:
             raise ValueError("JaxFloq: agent must have a constant learning rate and raw observations")
-        self.config, self.unrolled = agent.config, unrolled
+        self.config, self.unrolled, self.plain = agent.config, unrolled, plain
         networks = agent.networks
         self.critic_spec, self.actor_spec = networks.floq.field.spec, networks.actor_bc_flow.field.spec
         self.noise_range, self.value_range = networks.floq.noise_range, networks.floq.value_range
@@ -183,11 +184,16 @@ class JaxFloq:
     def critic(self, parameters: Any, obs: Any, actions: Any) -> Any:
         """The distilled critic, [E, N]."""
         x = jnp.concatenate([obs, actions], -1)
-        return jax.vmap(lambda member: stack(member, x, "gelu_tanh", self.norms["critic"]))(parameters)[..., 0]
+
+        def one(member: Any) -> Any:
+            return stack(member, x, "gelu_tanh", self.norms["critic"], precision=self.plain)
+
+        return jax.vmap(one)(parameters)[..., 0]
 
     def onestep(self, parameters: Any, obs: Any, noise: Any) -> Any:
         """The one-step policy's raw output, [N, A]."""
-        return stack(parameters, jnp.concatenate([obs, noise], -1), "gelu_tanh", self.norms["onestep"])
+        x = jnp.concatenate([obs, noise], -1)
+        return stack(parameters, x, "gelu_tanh", self.norms["onestep"], precision=self.plain)
 
 
 def arrays(tensors: Mapping[str, Tensor] | FloqNoise) -> dict[str, Any]:

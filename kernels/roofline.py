@@ -509,7 +509,7 @@ def around(launches: int, machine: Machine) -> float:
 
 
 def weight_gradients(net: Network, rows: int, evaluations: int, machine: Machine) -> float:
-    """Seconds of the products over all rows that make the gradients of the hidden layers' weights."""
+    """Seconds of the products over all rows that make the gradients of the hidden layers' weights, without launches."""
     seconds = hidden_flops(net, rows, evaluations) / (machine.rate(net.precision) * LIBRARY_EFFICIENCY)
     # Inputs and gradients are read once per product.
     moved = 2 * rows * evaluations * sum(net.padded) * net.element_size

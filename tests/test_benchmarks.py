@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # benchmarks/ is not installed; `pytest` without `python -m` does not look for it here.
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cpu, cpu_figure, cpu_report, cpu_row, gpu, limited, machine, measure  # noqa: E402
+from benchmarks import cpu, cpu_figure, cpu_report, cpu_row, gpu, gpu_goals, limited, machine, measure  # noqa: E402
 from benchmarks.cases import CASES, PAPER_CASES, UPDATES, Case, worst  # noqa: E402
 from benchmarks.cpu_rows import MEASUREMENTS, TABLE, curve  # noqa: E402
 from benchmarks.floq_update import first_noises  # noqa: E402
@@ -314,7 +314,7 @@ def test_everything_runs_and_is_written_down(run_command, tmp_path):
     options = ["--allow-cpu", "--small", "--minutes", "0.45", "--tests", "tests/test_atomic.py"]
     done = run_command("benchmarks.gpu", *options, "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}-cpu-[0-9a-z-]+\.json", path.name)
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["format"] == gpu.FORMAT
@@ -341,10 +341,21 @@ def test_everything_runs_and_is_written_down(run_command, tmp_path):
             assert row["errors"].keys() == row["eager_errors"].keys()
         fused = [row for row in case["results"] if row["rival"] == "fused"]
         assert all(row["vs_fused"]["call"]["median"] == 1.0 for row in fused)
-    for row in report["updates"]["update-demo"]["results"]:
-        assert row["updates_per_second"] > 0
-        assert row["loss_difference"] < 0.02
+    for name in ("update-demo", "update-td2-unet"):
+        assert {row["rival"] for row in report["updates"][name]["results"]} >= {"fused", "eager"}
+        for row in report["updates"][name]["results"]:
+            assert row["updates_per_second"] > 0
+            assert row["loss_difference"] < 0.02
     assert "ok after" in done.stdout and str(path) in done.stdout
+    # The table of goals: printed, and written beside.
+    goals = {row["name"]: row for row in report["goals"]}
+    assert list(goals) == list(gpu_goals.NAMES)
+    assert goals["walk-2x2048"]["goals"]["eager"]["measured"] > 0
+    assert goals["walk-2x2048"]["goals"]["compile"]["measured"] is None
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page.startswith(f"**{gpu_goals.SMALL}**") and page in done.stdout
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    assert {"where": "update-demo bf16 fused + graph", "reason": "CUDA graphs need CUDA"} in report["skipped"]
     order = ["kernel tests\n", "first figures\n", "walk-2x2048: ", "sizes\n", "papers\n"]
     assert [done.stdout.index(heading) for heading in order] == sorted(map(done.stdout.index, order))
 
@@ -355,7 +366,7 @@ def test_chosen_cases_run_through_the_interpreter(run_command, tmp_path):
     options = ["--allow-cpu", "--small", "--minutes", "0.4", "--tests", "--only", "^fpo-"]
     done = run_command("benchmarks.gpu", *options, "--output", str(tmp_path), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(next(tmp_path.iterdir()).read_text(encoding="utf-8"))
+    report = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
     assert set(report["cases"]) == {"fpo-walk-2048", "fpo-plus-walk-4096", "fpo-loss-30720x8"}
     for case in report["cases"].values():
         errors = {row["rival"]: row["errors"] for row in case["results"] if row["precision"] == "bf16"}
