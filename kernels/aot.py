@@ -338,6 +338,7 @@ def arguments(
 ) -> tuple[Any, dict[str, str], dict[str, object]]:
     """A kernel's function, the types of its run-time arguments and its constexpr values, as the launchers give them."""
     from .backward import backward_kernel
+    from .group import walk_group_kernel
     from .integrate import integrate_fwd_kernel
     from .matching import matching_fwd_kernel
     from .pack import net_shape
@@ -347,6 +348,7 @@ def arguments(
         "integrate_fwd": integrate_fwd_kernel,
         "matching_fwd": matching_fwd_kernel,
         "backward": backward_kernel,
+        "walk_group": walk_group_kernel,
     }[base]
     packed = "*bf16" if net.precision == "bf16" else "*fp32"
     types = {}
@@ -354,7 +356,7 @@ def arguments(
         if name in _STORED:
             types[name] = packed
         elif name.endswith("_ptr"):
-            types[name] = "*i64" if name in ("seed_ptr", "ids_ptr") else "*fp32"
+            types[name] = _POINTERS.get(name, "*fp32")
         else:
             types[name] = "i32" if name in _INTEGERS or "_stride_" in name else "fp32"
     per_row = base == "matching_fwd" or "loss" in flags or "rows" in flags
@@ -372,9 +374,12 @@ def arguments(
         "NOISE": "noise" in flags,
         "KEEP": "keep" in flags,
         "SAVE": "save" in flags,
+        "NARROW": plan.narrow(net),
         "RECOMPUTE": "recompute" in flags,
         "WEIGHTS": "weights" in flags,
         "DCOND": True,
+        "LAYER": 1 if "layer" in flags else -1,
+        "G": net.padded[0] // tiles.columns,
     }
     return function, types, {name: values[name] for name in function.arg_names if name in values}
 
@@ -383,7 +388,8 @@ _STORED = {
     *("c_ptr", "feat_ptr", "film_ptr", "w_feat_ptr", "w_time_ptr", "w_film_ptr", "w_hidden_ptr", "pre_ptr", "y_ptr"),
     *("h_ptr", "dpre_ptr", "xhat_ptr", "dfilm_ptr", "state_ptr", "dtime_ptr"),
 }
-_INTEGERS = {"M", "MP", "samples", "num_steps", "evaluations", "i_low", "count", "R_P", "R_D"}
+_POINTERS = {"seed_ptr": "*i64", "ids_ptr": "*i64", "count_ptr": "*i32"}
+_INTEGERS = {"R", "first_step", "steps", "M", "MP", "samples", "num_steps", "evaluations", "i_low", "count", "R_P", "R_D"}
 
 
 # What a row depends on -----------------------------------------------------------------------------------------------

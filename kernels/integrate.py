@@ -8,7 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
+from .group import integrate_by_groups
 from .launch import target
+from .narrow import narrow_cond, narrow_fwd, narrow_weights
 from .network import network_fwd
 from .pack import Packed, Prepared, Saved, net_shape, options, partial_sums, scalars, turns
 from .tile import cast, embed_state, embed_time, read_velocity
@@ -64,6 +66,7 @@ def integrate_fwd_kernel(
     NOISE: tl.constexpr,
     KEEP: tl.constexpr,
     SAVE: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """x <- x + h v(x, t_k, cond) for k = 0..K-1, or the two-stage schemes. One program owns BM rows of one member for
     the whole walk.
@@ -103,9 +106,13 @@ def integrate_fwd_kernel(
         b_start = tl.load(t_0_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
         b_end = tl.load(t_1_ptr + i_e * M + o_b, mask=m_b, other=0.0).to(tl.float32)[:, None]
     b_h = (b_end - b_start) / num_steps
+    if NARROW:
+        tiles = narrow_weights(weights, i_e, n_e, NET)
+        b_c = narrow_cond(c_ptr + i_e * (M // samples) * HP, o_c, NET)
     for i in tl.range(0, evaluations, num_stages=1, disable_licm=True):
-        # Orders this step's stores behind the loads of the step before.
-        tl.debug_barrier()
+        if not NARROW:
+            # Orders this step's stores behind the loads of the step before.
+            tl.debug_barrier()
         k = i // V
         first = (i % V) == 0
         o_k = k * n_e * M * D
@@ -140,10 +147,13 @@ def integrate_fwd_kernel(
             o_s,
             film_stride_b,
         )
-        b_out = network_fwd(
-            b_f, inputs, weights, pre_ptr, stats_ptr, y_ptr, part_ptr, i_e, n_e, R_P,
-            R_P if SAVE and not NET.FOLD else MP, r_p, r_y, r_m, eps, NET, SAVE,
-        )  # fmt: skip
+        if NARROW:
+            b_out = narrow_fwd(b_f, b_c, inputs, tiles, pre_ptr, stats_ptr, n_e, R_P, r_p, eps, NET, SAVE)
+        else:
+            b_out = network_fwd(
+                b_f, inputs, weights, pre_ptr, stats_ptr, y_ptr, part_ptr, i_e, n_e, R_P,
+                R_P if SAVE and not NET.FOLD else MP, r_p, r_y, r_m, eps, NET, SAVE,
+            )  # fmt: skip
         b_v = read_velocity(b_out, b_p, b_t, output_scale, NET)
         if V == 1:
             b_x += b_h * b_v
@@ -218,6 +228,10 @@ def integrate(
     shared = not isinstance(times[0], Tensor)
     y = turns(x_0, e, mp, net) if saved is None or net.fold else saved.out
     arch, sms = target(x_0.device)
+    if shared and method == "euler" and step_noise is None and not keep and saved is None:
+        groups = plan.groups(arch, sms, net, e, m)
+        if groups is not None:
+            return integrate_by_groups(x_0, inputs, packed, times, num_steps, groups, net), path, stages
     tiles = plan.choose("integrate_fwd", arch, sms, net, e * m)
     # The backward pass reads the padding too.
     integrate_fwd_kernel[(triton.cdiv(m if saved is None else mp, tiles.rows), e)](
@@ -248,6 +262,7 @@ def integrate(
         NOISE=step_noise is not None,
         KEEP=keep,
         SAVE=saved is not None,
+        NARROW=plan.narrow(net),
         **options(tiles),
     )
     return out, path, stages

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import plan
 from .integrate import time_features
 from .launch import target
+from .narrow import narrow_cond, narrow_fwd, narrow_weights
 from .network import network_fwd
 from .noise import philox_normal, philox_uniform
 from .pack import Packed, Prepared, Saved, net_shape, options, partial_sums, scalars, turns
@@ -75,6 +76,7 @@ def matching_fwd_kernel(
     DRAW_TIME: tl.constexpr,
     KEEP: tl.constexpr,
     SAVE: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """rows = mean over D of (v(x_t, t, cond) - target)^2 with x_t = (1 - s t) x_0 + t x_1, target = x_1 - s x_0, where
     s = 1 - sigma_min."""
@@ -135,9 +137,14 @@ def matching_fwd_kernel(
     weights = (
         w_feat_ptr, w_time_ptr, w_film_ptr, w_hidden_ptr, b_hidden_ptr, scale_ptr, shift_ptr, w_out_ptr, b_out_ptr
     )  # fmt: skip
-    b_out = network_fwd(
-        b_f, inputs, weights, pre_ptr, stats_ptr, y_ptr, part_ptr, i_e, n_e, MP, MP, r_m, r_m, r_m, eps, NET, SAVE
-    )  # fmt: skip
+    if NARROW:
+        b_c = narrow_cond(c_ptr + i_e * (M // samples) * HP, o_c, NET)
+        tiles = narrow_weights(weights, i_e, n_e, NET)
+        b_out = narrow_fwd(b_f, b_c, inputs, tiles, pre_ptr, stats_ptr, n_e, MP, r_m, eps, NET, SAVE)
+    else:
+        b_out = network_fwd(
+            b_f, inputs, weights, pre_ptr, stats_ptr, y_ptr, part_ptr, i_e, n_e, MP, MP, r_m, r_m, r_m, eps, NET, SAVE
+        )  # fmt: skip
     b_error = tl.where(m_x, read_velocity(b_out, b_x, b_t, output_scale, NET) - b_u, 0.0)
     if KEEP:
         tl.store(error_ptr + o_x, b_error, mask=m_x)
@@ -205,6 +212,7 @@ def matching(
         DRAW_TIME=draw_time,
         KEEP=keep,
         SAVE=saved is not None,
+        NARROW=plan.narrow(net),
         **options(tiles),
     )
     return rows, error, point

@@ -311,12 +311,77 @@ TABLE: dict[tuple[int, str, str, int], dict[int, tuple[Tiles, ...]]] = {
 def candidates(kernel: str, arch: int, net: Network) -> tuple[Tiles, ...]:
     """The plan's entries for one kernel, arch and network, most rows first; none where nothing fits."""
     way = "backward" if kernel == "backward" else "forward"
+    if way == "forward" and narrow(net):
+        return _narrow_entries(net)
     by_width = TABLE.get((family(arch), net.kind, way, net.element_size), {})
     entries = next((entries for width, entries in by_width.items() if net.width <= width), ())
     if arch // 10 == 9 and min(net.padded) < 64:
         # Some versions of triton read beyond narrow operands of Hopper's products with 64 rows (issue 11366).
         entries = tuple(t for t in entries if t.rows < 64)
     return entries
+
+
+# Layers up to this width, with weights of so many bytes, stay in registers and shared memory (kernels/narrow.py).
+NARROW_WIDTH = 64
+NARROW_BYTES = 48 * 1024
+
+
+def narrow(net: Network) -> bool:
+    """Whether the walk and the loss keep a network's weights and activations within each program."""
+    hp, size = net.padded, net.element_size
+    ends = (net.features_padded + net.time_padded) * hp[0] + hp[-1] * net.state_padded
+    hidden = sum(k * h for k, h in zip(net.inputs_padded, hp, strict=True))
+    return net.fold and max(hp) <= NARROW_WIDTH and (ends + hidden) * size <= NARROW_BYTES
+
+
+def _narrow_entries(net: Network) -> tuple[Tiles, ...]:
+    # Products of float32 keep their operands in registers.
+    warps = ((16, 4),) if net.precision == "fp32" else ((32, 4), (16, 2))
+    return tuple(Tiles(rows, NARROW_WIDTH, n, 1) for rows, n in warps)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How groups of programs share a walk's rows (kernels/group.py)."""
+
+    tiles: Tiles  # BM rows at a time by the BN columns that a program keeps
+    count: int  # groups of a member
+    meets: bool = True  # one launch whose programs meet behind each layer; else a launch per layer
+
+
+# Tiles of groups, the first that fits is taken, and how many tiles of rows a group takes at most: behind that, programs
+# that stream all weights are as fast (docs/kernels.md).
+GROUP_TILES = (Tiles(32, 64, 8, 1), Tiles(16, 64, 4, 1), Tiles(16, 32, 4, 1))
+GROUP_ROWS = 128
+GROUP_WIDTH = 256
+
+
+def group_bytes(net: Network, tiles: Tiles) -> int:
+    """Shared memory of a program that keeps its columns of all layers, in bytes."""
+    hp, size = net.padded[0], net.element_size
+    weights = ((net.layers - 1) * hp + net.features_padded) * tiles.columns
+    head = 0 if net.state_padded == 1 else hp * net.state_padded * size + 4 * tiles.rows * net.state_padded
+    return (weights + tiles.rows * hp) * size + head
+
+
+def groups(arch: int, sms: int, net: Network, members: int, rows: int) -> Groups | None:
+    """The groups that walk `rows` rows of each member, or None where rows alone do better.
+
+    Every program has a multiprocessor to itself, and all run at once.
+    """
+    if arch == GFX942 or family(arch) not in (80, 90, 100) or net.precision != "bf16":
+        return None
+    if not (net.fold and net.roll and net.layers > 1 and net.padded[0] >= GROUP_WIDTH):
+        return None
+    for tiles in GROUP_TILES:
+        count = sms // (members * (net.padded[0] // tiles.columns))
+        if count and group_bytes(net, tiles) <= SHARED_MEMORY[family(arch)]:
+            each = -(-rows // count)
+            if tiles.rows > 16 and each <= 16:
+                continue
+            count = min(count, -(-rows // tiles.rows))
+            return Groups(tiles, count) if each <= GROUP_ROWS else None
+    return None
 
 
 # Bytes of stack per thread that an entry may take, forward and backward; docs/kernels.md shows what each takes. The

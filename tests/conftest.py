@@ -12,7 +12,7 @@ import math
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # The tests are small, and two processes that share two cores gain nothing from more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -191,6 +191,18 @@ def _poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         (torch.Tensor, "new_empty_strided"),
     ]:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def lay_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has the kernels lay small networks out by "rows", which is for wide ones, or as "narrow" ones, as they are."""
+    from fastflow.kernels import plan
+
+    def choose(design: str) -> None:
+        if design == "rows":
+            monkeypatch.setattr(plan, "NARROW_WIDTH", 0)
+
+    return choose
 
 
 @pytest.fixture

@@ -83,6 +83,8 @@ LOSS_FACTORS: dict[str, list[Any]] = FIELD_FACTORS | {
     "weighted": [False, True],
     "reduction": ["none", "sum", "mean"],
 }
+# How the kernels lay a small network out: in registers, or by workspaces as every wide one.
+DESIGNS: dict[str, list[Any]] = {"design": ["narrow", "rows"]}
 
 
 def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import HAS_GPU, assert_close_rms
-from networks import LOSS_FACTORS, SPECS, name_of, pairwise, random_field, random_inputs, spec_of
+from networks import DESIGNS, LOSS_FACTORS, SPECS, name_of, pairwise, random_field, random_inputs, spec_of
 from passes import compare_loss, drawn, loss_and_gradients, loss_options
 
 import fastflow as ff
@@ -18,13 +18,14 @@ from fastflow.kernels import plan
 # The interpreter's products (numpy) round by a row's place in its tile; a GPU's do not.
 ELSEWHERE = (slice(3, 8), torch.tensor([60, 2, 31, 69])) if HAS_GPU else ()
 PRECISIONS = ["bf16", "tf32", "fp32"] if HAS_GPU else ["bf16", "fp32"]
-LOSSES = pairwise(LOSS_FACTORS)
+LOSSES = pairwise(LOSS_FACTORS | DESIGNS)
 
 pytestmark = pytest.mark.poison
 
 
 @pytest.mark.parametrize("combination", LOSSES, ids=map(name_of, LOSSES))
-def test_every_field_and_loss(combination, device):
+def test_every_field_and_loss(combination, device, lay_out):
+    lay_out(combination["design"])
     spec = spec_of(combination)
     field = random_field(spec, device)
     inputs, options = loss_options(combination, spec, device)
