@@ -18,7 +18,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -278,6 +278,8 @@ class FqlActorAgent(abc.ABC):
     """
 
     config_class: type[FqlActorConfig]
+    compiles: ClassVar[bool] = True
+    """Whether torch.compile takes `losses` as one graph."""
 
     def __init__(
         self,

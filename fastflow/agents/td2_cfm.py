@@ -25,7 +25,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -280,6 +280,9 @@ class Td2CfmAgent:
     Raises:
         ValueError, TypeError: an argument that cannot be.
     """
+
+    compiles: ClassVar[bool] = True
+    """Whether torch.compile takes `losses` as one graph."""
 
     def __init__(
         self,
