@@ -1,9 +1,10 @@
 """An agent's update as one launch: its gradient step captured as a CUDA graph, its losses compiled.
 
-A gradient step (`gradient_step` of every agent) draws noise, computes losses and gradients, moves the weights by Adam and
-the targets by their average. All of that is a few hundred kernels whose launches take longer than the kernels of small
-networks; a graph of them is launched at once. What changes over time on the host stays outside: learning rates are
-written into the tensors that a graph reads, the counter of updates is counted behind it, checks come before it.
+A gradient step (`gradient_step` of every agent) draws noise, computes losses and gradients, moves the weights by Adam
+and the targets by their average. All of that is a few hundred kernels, whose launches take longer than they do
+themselves where networks are small; a graph of them is launched at once. What changes over time on the host stays
+outside: learning rates are written into the tensors that a graph reads, updates are counted behind it, checks come
+before it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Graphed updates against plain ones, bit for bit. Without a GPU a graph is a tape: the operators of a gradient step with
-the tensors they were called with, run again on those same tensors. Like a CUDA graph it knows nothing of the host, so
-whatever an update reads there that changes, it would miss."""
+"""Graphed updates against plain ones, bit for bit. Without a GPU a graph is a tape: the operators of a gradient step
+with the tensors they were called with, run again on those same tensors. Like a CUDA graph it knows nothing of the host,
+so whatever an update reads there that changes, it would miss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from conftest import HAS_GPU, assert_close_rms
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from fastflow import graphs
+from fastflow import fused, graphs
 from fastflow.agents.descent import hold_rates, set_rate
 from fastflow.agents.forward_backward import ForwardBackwardAgent
 from fastflow.data import KEYS, Dataset
@@ -331,6 +331,30 @@ def test_losses_on_a_gpu_take_nothing_from_the_cpu(case, monkeypatch):
     with mode, Refusing(), torch.no_grad():
         *losses, metrics = agent.losses(given, agent.sample_noise(given))
     assert all(x.device.type == "cuda" and x.dim() == 0 for x in (*losses, *metrics.values()))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", ["floq", "td2_cfm", "fpo, regenerated"])
+def test_what_surrounds_the_kernels_can_be_captured(case, monkeypatch):
+    """What an operator does around its kernels, which a tape does not see. The interpreter runs them."""
+    entered = []
+
+    def refusing(name, function):
+        def call(*args, **kwargs):
+            entered.append(name)
+            with Refusing():
+                return function(*args, **kwargs)
+
+        return call
+
+    make, batch = CASES[case]
+    agent = make(backend="fused", precision="tf32")
+    given = batch(agent, 0)
+    for name in ("walk", "walk_bwd", "loss", "loss_bwd"):
+        monkeypatch.setattr(fused, name, refusing(name, getattr(fused, name)))
+    metrics = agent.update(given)
+    assert all(value.isfinite() for value in metrics.values())
+    assert {"loss", "loss_bwd"} <= set(entered)
 
 
 def on_fake_gpu(x, memo, mode):

@@ -261,7 +261,7 @@ def test_graphed_run_is_the_plain_one(settings, monkeypatch):
 
 def test_graphs_need_a_gpu(settings):
     made = settings(cuda_graph=True)
-    with pytest.raises(UserError, match="^--cuda-graph needs a CUDA device, got cpu$"):
+    with pytest.raises(UserError, match=r"^--cuda-graph needs a CUDA device, got cpu$"):
         train(made, out=quiet)
     assert not made.run_dir.exists()
 
