@@ -53,6 +53,12 @@ class LoopSettings(Generic[AgentConfig]):
     code had by default on such GPUs. The CPU always multiplies in float32."""
     threads: int = 0
     """Threads of torch on the CPU; 0 leaves torch's choice."""
+    cuda_graph: bool = False
+    """Run updates as replays of a CUDA graph, which gives what they give without (docs/integrations.md). Not yet run on
+    a GPU."""
+    compile: bool = False
+    """torch.compile the losses, within rounding of those without; of floq, fql, fql-iqn and td2-cfm. Slower on a CPU,
+    and the first update then takes half a minute."""
     progress: bool = True
     """Progress bar, if the output is a terminal."""
     tensorboard: bool = True

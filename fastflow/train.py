@@ -29,6 +29,7 @@ from torch import Tensor
 from fastflow import agents
 from fastflow.envs import nearest
 from fastflow.errors import UserError, missing_extra
+from fastflow.graphs import make_update
 from fastflow.info import resolve_device, versions
 from fastflow.record import (
     Checkpoint,
@@ -49,6 +50,9 @@ __all__ = ["Task", "TrainResult", "default_settings", "full_names", "parse", "pr
 
 # Settings that are paths, of whichever task.
 _PATHS = ("dataset_dir", "dataset_path", "policies")
+
+# Settings that older runs were made without, which is what their defaults do.
+_LATER = ("cuda_graph", "compile")
 
 _DISPLAY_SECONDS = 2.0
 
@@ -204,10 +208,10 @@ def settings_from_config(run: Run, agent_name: str) -> Any:
         raise UserError(f"{run.path} is a run of agent {config.get('agent_name')}, expected {agent_name}")
     settings_class = agents.settings_class(agent_name)
     names = [field.name for field in dataclasses.fields(settings_class) if field.name not in ("agent", "resume")]
-    missing = [name for name in (*names, "agent") if name not in config]
+    missing = [name for name in (*names, "agent") if name not in config and name not in _LATER]
     if missing:
         raise UserError(f"{run.path / 'config.json'} lacks {', '.join(missing)}: it was written by another version")
-    values = {name: config[name] for name in names}
+    values = {name: config[name] for name in names if name in config}
     for name in ("run_dir", *_PATHS):
         if values.get(name) is not None:
             values[name] = Path(values[name])
@@ -286,6 +290,8 @@ class _Training:
                     f"{path} was trained on {before} and cannot go on bit for bit on {self.device.type}: "
                     f"pass --device {before}, or start a new run"
                 )
+        if settings.cuda_graph and self.device.type != "cuda":
+            raise UserError(f"--cuda-graph needs a CUDA device, got {self.device}")
         self.path, self.saved = path, saved
         self.task: Task = task_class(settings, self.device, None if saved is None else saved.arguments, path, out)
         self.facts = self.task.facts
@@ -301,6 +307,11 @@ class _Training:
             self.agent = make_agent(
                 agent_name, to_json(settings.agent), self.arguments, device=self.device, seed=settings.seed
             )
+        except ValueError as error:
+            raise UserError(f"settings of {agent_name}: {error}") from error
+
+        try:
+            self.update = make_update(self.agent, compile=settings.compile, cuda_graph=settings.cuda_graph)
         except ValueError as error:
             raise UserError(f"settings of {agent_name}: {error}") from error
 
@@ -369,7 +380,7 @@ class _Training:
         if saved.loop["fingerprint"] is None:
             self.run.save_samples(self.task.samples())
         # Settings that may change are recorded as they are from now on; how they were is in the list.
-        names = ("steps", "online_steps", "versions", "device_name", "threads_used")
+        names = ("steps", "online_steps", "cuda_graph", "compile", "versions", "device_name", "threads_used")
         before = {name: self.run.config[name] for name in names if name in self.run.config}
         history = [*self.run.config.get("resumed", []), {"step": saved.step, "before": before}]
         created = self.run.config.get("created")
@@ -405,7 +416,7 @@ class _Training:
         while self.step < settings.last_step and not self.stop.requested:
             try:
                 metrics = [
-                    self.agent.update(self.task.sample(batch_size, self.generator))
+                    self.update(self.task.sample(batch_size, self.generator))
                     for _ in range(self.task.begin_step(self.step, self.generator))
                 ]
             except UserError as error:

@@ -80,7 +80,7 @@ def test_gradient_at_the_old_parameters_is_the_policy_gradient():
         density = torch.distributions.Normal(mean, 0.3).log_prob(chain[:, k + 1]).sum(-1)
         expected = expected - (rows["advantages"] * density).sum() / (3 * 16)
     grads = torch.autograd.grad(expected, list(agent.networks.actor.parameters()))
-    agent._minibatch(rows)
+    agent.gradient_step(rows)
     for parameter, grad in zip(agent.networks.actor.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-8, atol=1e-11)
 

@@ -303,7 +303,7 @@ def test_objective_and_its_gradient_are_the_papers(settings, dtype):
     critic = (exact.networks.critic(doubled["obs"]).squeeze(-1) - doubled["returns"]).square().mean()
     grads = torch.autograd.grad(expected + agent.config.value_coef * critic, list(exact.networks.parameters()))
 
-    metrics = agent._minibatch(rows)
+    metrics = agent.gradient_step(rows)
     if dtype == torch.float64 and not settings.get("loss_clamp"):
         assert 0.1 < float(metrics["actor/clip_fraction"]) < 0.95
     ratio = 1e-9 if dtype == torch.float64 else 2e-5
@@ -354,7 +354,7 @@ def test_at_the_old_parameters_the_gradient_per_pair_is_that_per_action(negative
     grads = []
     for ratio in ("action", "pair"):
         agent = make(dtype=torch.float64, ratio=ratio, negative=negative, max_grad_norm=0.0)
-        agent._minibatch(prepared(agent, rollout(agent)))
+        agent.gradient_step(prepared(agent, rollout(agent)))
         grads.append([parameter.grad for parameter in agent.networks.actor.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
@@ -374,7 +374,7 @@ def test_entropy_is_kozachenko_and_leonenkos():
             logs.append(math.log(np.sqrt(((others - ends[j]) ** 2).sum(1)).min()))
     expected = 3 * float(np.mean(logs))
     objective = plain_objective(agent.config, agent.networks.actor.field, rows).detach()
-    metrics = agent._minibatch(rows)
+    metrics = agent.gradient_step(rows)
     assert float(metrics["actor/entropy"]) == pytest.approx(expected, rel=1e-6)
     # It is to grow.
     assert float(metrics["actor/actor_loss"]) == pytest.approx(float(objective) - 0.1 * expected, rel=1e-6)
@@ -388,7 +388,7 @@ def test_divergence_of_the_learning_rate_is_that_of_the_predicted_noise():
     x_t, t = agent._points(rows)
     with torch.no_grad():
         before = agent.networks.actor.field(x_t, t, rows["obs"].unsqueeze(1))
-    agent._minibatch(rows)
+    agent.gradient_step(rows)
     with torch.no_grad():
         after = agent.networks.actor.field(x_t, t, rows["obs"].unsqueeze(1))
         found = float(agent._divergence(rows))
@@ -559,7 +559,7 @@ def test_value_clipping():
         for v, old, target in zip(new, rows["old_values"].tolist(), rows["returns"].tolist()):
             kept = min(max(v, old - limit), old + limit) if limit else v
             errors.append(max((v - target) ** 2, (kept - target) ** 2))
-        assert float(agent._minibatch(rows)["critic/critic_loss"]) == pytest.approx(np.mean(errors), rel=1e-9)
+        assert float(agent.gradient_step(rows)["critic/critic_loss"]) == pytest.approx(np.mean(errors), rel=1e-9)
 
 
 def test_rewards_are_scaled():
@@ -579,7 +579,7 @@ def test_rewards_are_scaled():
 
 def test_gradients_are_clipped_for_each_network_by_itself():
     agent = make(max_grad_norm=1e-3, dtype=torch.float64)
-    metrics = agent._minibatch(prepared(agent, rollout(agent)))
+    metrics = agent.gradient_step(prepared(agent, rollout(agent)))
     for network, key in ((agent.networks.actor, "actor"), (agent.networks.critic, "critic")):
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in network.parameters()))
         assert norm == pytest.approx(1e-3, rel=1e-3)
@@ -639,7 +639,7 @@ def test_known_gradients_do_not_outlive_a_loss_without_them():
         for backend in backends:
             agent.config = dataclasses.replace(agent.config, backend=backend)
             agent.networks.critic.backend = backend
-            agent._minibatch(rows)
+            agent.gradient_step(rows)
         found.append([(p.detach(), p.grad.clone()) for p in agent.networks.parameters()])
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)

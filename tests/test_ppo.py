@@ -105,7 +105,7 @@ def test_objective_and_its_gradient_are_ppos(negative):
             gains.append(a * rho.clamp(min=0.8) if negative == "clip" else rho * a + a / 0.4 * (rho - 1) ** 2)
     expected = -torch.stack(gains).mean() - 0.1 * normal.entropy().sum(-1).mean()
     grads = torch.autograd.grad(expected, list(actor.parameters()))
-    metrics = agent._minibatch(rows)
+    metrics = agent.gradient_step(rows)
     assert 0.1 < float(metrics["actor/clip_fraction"]) < 0.95
     assert float(metrics["actor/actor_loss"]) == pytest.approx(float(expected.detach()), rel=1e-9)
     assert float(metrics["actor/entropy"]) == pytest.approx(1 + math.log(2 * math.pi * 0.25), rel=1e-6)

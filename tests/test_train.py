@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import signal
 
 import numpy as np
 import pytest
 import torch
+from test_graphs import on_tape
 
 from fastflow.errors import UserError
 from fastflow.evaluate import evaluate_runs
+from fastflow.graphs import GraphedUpdate, make_update
 from fastflow.offline import TrainSettings
 from fastflow.record import Run, load_agent, load_checkpoint, save_checkpoint
 from fastflow.train import default_settings, parse, settings_from_config, train
@@ -240,6 +243,59 @@ def test_abandoned_evaluation_is_made_up_for(settings):
     assert second.run.eval.steps() == [0, 2, 4]
 
 
+def test_graphed_run_is_the_plain_one(settings, monkeypatch):
+    """Resumed in the middle too; and on from there without graphs."""
+    made = settings("plain", steps=30, agent={"backend": "reference", "lr_decay_steps": 30})
+    whole = train(made, out=quiet).run
+    for step in (10, 20, 30):
+        if step < 30:
+            monkeypatch.setattr("fastflow.train.make_update", lambda agent, **_: GraphedUpdate(agent, capture=on_tape))
+        else:
+            monkeypatch.undo()
+        resume = None if step == 10 else made.run_dir.with_name("graphed")
+        given = dataclasses.replace(made, run_dir=made.run_dir.with_name("graphed"), resume=resume, steps=step)
+        run = train(given, out=quiet).run
+    assert_same_tensors(state(whole), state(run))
+    assert losses(whole) == losses(run)
+
+
+def test_graphs_need_a_gpu(settings):
+    made = settings(cuda_graph=True)
+    with pytest.raises(UserError, match=r"^--cuda-graph needs a CUDA device, got cpu$"):
+        train(made, out=quiet)
+    assert not made.run_dir.exists()
+
+
+def test_compiled_run_is_the_plain_one_within_rounding(settings, monkeypatch):
+    made = settings("plain", steps=4, log_interval=1)
+    plain = train(made, out=quiet).run
+    monkeypatch.setattr("fastflow.train.make_update", functools.partial(make_update, backend="eager"))
+    torch._dynamo.reset()
+    run = train(dataclasses.replace(made, run_dir=made.run_dir.with_name("compiled"), compile=True), out=quiet).run
+    assert run.config["compile"] is True
+    for wanted, found in zip(losses(plain), losses(run), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+
+
+def test_agents_that_do_not_compile_are_refused(transitions, tmp_path):
+    made = default_settings("value-flows", ENV, "none", dataset_path=transitions, run_dir=tmp_path / "run")
+    made = dataclasses.replace(made, compile=True, device="cpu", eval_interval=0)
+    with pytest.raises(UserError, match="settings of value-flows: compile: expected an agent whose losses are one"):
+        train(made, "value-flows", out=quiet)
+    assert not made.run_dir.exists()
+
+
+def test_a_run_of_before_there_were_graphs_goes_on(settings):
+    made = settings(steps=2)
+    run = train(made, out=quiet).run
+    for name in ("cuda_graph", "compile"):
+        del run.config[name]
+    run.write_config()
+    assert settings_from_config(Run.open(run.path), "floq") == made
+    again = train(parse("floq", ["--resume", str(run.path), "--steps", "4"]), out=quiet)
+    assert (again.step, again.run.config["cuda_graph"]) == (4, False)
+
+
 def test_training_longer(settings):
     whole = train(settings("whole", steps=30), out=quiet).run
     made = settings("parts", steps=20)
@@ -435,6 +491,13 @@ def test_demo_preset_brings_its_loop():
     assert (settings.steps, settings.observation_scale) == (15_000, 4.0)
     assert settings.agent.lr_decay_steps == settings.steps
     assert parse("floq", ["--env", ENV, "--observation-scale", "0"]).observation_scale == 0
+
+
+def test_graphs_and_compilation_are_asked_for():
+    settings = parse("floq", ["--env", ENV])
+    assert (settings.cuda_graph, settings.compile) == (False, False)
+    settings = parse("floq", ["--env", ENV, "--cuda-graph", "--compile"])
+    assert (settings.cuda_graph, settings.compile) == (True, True)
 
 
 def test_unknown_preset_suggests():

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastflow.agents.descent import hold_rates
+
 __all__ = ["check_config", "check_int", "check_state", "check_tensor", "check_widths", "copy_state", "ready_moments"]
 
 Range = tuple[Callable[[float], bool], str]
@@ -129,7 +131,8 @@ def copy_state(agent: Any, tensors: Mapping[str, Tensor], given: Mapping[str, Te
 def ready_moments(optimizer: torch.optim.Adam, device: torch.device) -> None:
     """Makes what Adam would make at its first step, so that every state of an agent has the same tensors.
 
-    All step counts lie side by side, so that one operation counts them all (`fastflow.agents.descent`).
+    All step counts lie side by side, so that one operation counts them all (`fastflow.agents.descent`). On CUDA the
+    learning rates become tensors: updates round them alike, be they captured in a graph or not.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     counts = torch.zeros(len(parameters), dtype=torch.float32, device=device)
@@ -139,6 +142,8 @@ def ready_moments(optimizer: torch.optim.Adam, device: torch.device) -> None:
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
+    if device.type == "cuda":
+        hold_rates(optimizer, device)
 
 
 def _some(names: list[str]) -> str:

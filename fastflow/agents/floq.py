@@ -21,6 +21,7 @@ from torch import Tensor
 from fastflow import ops, reference
 from fastflow.agents.backup import Backup, share_outside
 from fastflow.agents.checks import check_config, check_widths
+from fastflow.agents.descent import GradientStep
 from fastflow.agents.fql_actor import (
     DEMO,
     DEMO_LOOP,
@@ -343,12 +344,12 @@ class FloqAgent(FqlActorAgent):
 
     config_class = FloqConfig
 
-    def update(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One update, see `FqlActorAgent.update`; the one that `freeze_features_at` names begins with a new head."""
+    def update_by(self, step: GradientStep, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `FqlActorAgent.update_by`; the update that `freeze_features_at` names begins with a new head."""
         if self.config.freeze_features_at and self.step == self.config.freeze_features_at:
             self._check_batch(batch)
             self._renew_head()
-        return super().update(batch)
+        return super().update_by(step, batch)
 
     def validate(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `update` returns, without an update, on noise that depends on seed and step alone, and what the flow

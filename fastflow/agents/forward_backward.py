@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from fastflow import reference
 from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, copy_state, ready_moments
+from fastflow.agents.descent import Descent, GradientStep
 from fastflow.fields import Dense, LayerNormAffine
 
 __all__ = [
@@ -354,6 +355,7 @@ class ForwardBackwardAgent:
             fused=self.device.type in ("cpu", "cuda"),
         )
         ready_moments(self.optimizer, self.device)
+        self._descent = Descent(self.optimizer)
 
     def _statistics(self, statistics: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if statistics is None:
@@ -384,17 +386,30 @@ class ForwardBackwardAgent:
         Raises:
             ValueError, TypeError: a missing key, a tensor of another shape, dtype or device, too few rows.
         """
+        return self.update_by(self.gradient_step, batch)
+
+    def update_by(self, step: GradientStep, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`update` with `step` in place of `gradient_step`, such as a graph of it (`fastflow.graphs`)."""
         self._check_batch(batch)
+        metrics = step(batch)
+        self.step += 1
+        return metrics
+
+    def gradient_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part of an update that runs on the device, and reads nothing of the host's that changes between updates.
+
+        Args:
+            batch: as for `update`, checked.
+        """
         loss, actor_loss, metrics = self.losses(batch, self.sample_noise(batch))
         self.optimizer.zero_grad(set_to_none=True)
         # The policies' value passes through F, which must not learn from it.
         for parameter, gradient in zip(self._actor, torch.autograd.grad(actor_loss, self._actor), strict=True):
             parameter.grad = gradient
         loss.backward()
-        self.optimizer.step()
+        self._descent.step()
         with torch.no_grad():
             torch._foreach_lerp_(self._target, self._online, self.config.tau)
-        self.step += 1
         return metrics
 
     def validate(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

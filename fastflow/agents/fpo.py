@@ -312,6 +312,8 @@ class FpoAgent(OnPolicyAgent):
         self._packed: dict[nn.Module, FrozenFlowPolicy] = {}
         super().__init__(*args, **kwargs)
         self._flow_gradients = FlatGradients(cast(FlowPolicy, self.networks.actor).field.parameter_list())
+        # Drawn anew in place: a graph of a minibatch reads it where it lies.
+        self._seed = torch.zeros((), dtype=torch.int64, device=self.device)
 
     # Learning ---------------------------------------------------------------------------------------------------------
 
@@ -322,7 +324,7 @@ class FpoAgent(OnPolicyAgent):
         options: dict[str, Any] = {"generator": self.generator, "device": self.device}
         if config.noise == "regenerated":
             # Another seed for every update; within one, a row's noise follows from its place in the rollout.
-            self._seed = torch.randint(2**62, (), **options)
+            self._seed.random_(2**62, generator=self.generator)
             rows = {"ids": torch.arange(count, device=self.device)}
         else:
             shape = (count, config.num_pairs)

@@ -17,15 +17,15 @@ import abc
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, copy_state, ready_moments
-from fastflow.agents.descent import Descent, FlatGradients
+from fastflow.agents.descent import Descent, FlatGradients, GradientStep, set_rate
 from fastflow.fields import DenseStack
 from fastflow.flops import forward_flops, training_flops
 from fastflow.kernels.cpu import ONE_THREAD
@@ -278,6 +278,8 @@ class FqlActorAgent(abc.ABC):
     """
 
     config_class: type[FqlActorConfig]
+    compiles: ClassVar[bool] = True
+    """Whether torch.compile takes `losses` as one graph."""
 
     def __init__(
         self,
@@ -392,12 +394,29 @@ class FqlActorAgent(abc.ABC):
         Raises:
             ValueError, TypeError: a missing key, a tensor of another shape, dtype or device, an empty batch.
         """
+        return self.update_by(self.gradient_step, batch)
+
+    def update_by(self, step: GradientStep, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`update` with `step` in place of `gradient_step`, such as a graph of it (`fastflow.graphs`)."""
         self._check_batch(batch)
         if self.config.lr_decay_steps:
-            self.optimizer.param_groups[0]["lr"] = self.config.learning_rate(self.step)
+            set_rate(self.optimizer.param_groups[0], self.config.learning_rate(self.step))
+        metrics = step(batch)
+        self.step += 1
+        return metrics
+
+    def gradient_step(self, batch: Mapping[str, Tensor], losses: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+        """The part of an update that runs on the device, and reads nothing of the host's that changes between updates.
+
+        Args:
+            batch: as for `update`, checked.
+            losses: in place of `losses`, such as it compiled.
+        """
         for parameter in self._trained.values():
             parameter.grad = None
-        critic_loss, actor_loss, metrics = self._losses(batch, self.sample_noise(batch), direct=True)
+        noise = self.sample_noise(batch)
+        found = self._losses(batch, noise, direct=True) if losses is None else losses(batch, noise)
+        critic_loss, actor_loss, metrics = found
         loss = critic_loss + actor_loss
         if loss.requires_grad:  # what native code has not differentiated already
             loss.backward()
@@ -405,7 +424,6 @@ class FqlActorAgent(abc.ABC):
         with torch.no_grad():  # else the target's history would grow with every update
             torch._foreach_lerp_(self._target, self._online, self.config.tau)
         self._descent.step()
-        self.step += 1
         return metrics
 
     def validate(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastflow import ops
 from fastflow.advantages import gae
 from fastflow.agents.checks import check_config, check_int, check_state, check_tensor, check_widths, ready_moments
-from fastflow.agents.descent import Descent, FlatGradients
+from fastflow.agents.descent import Descent, FlatGradients, GradientStep, set_rate
 from fastflow.modules import ValueNetwork
 from fastflow.running import RunningStatistics
 from fastflow.surrogate import advantages_for, surrogate
@@ -441,12 +441,16 @@ class OnPolicyAgent(abc.ABC):
             ValueError, TypeError: a missing key, a tensor of another shape, dtype or device; more minibatches than
                 rows.
         """
+        return self.update_by(self.gradient_step, rollout)
+
+    def update_by(self, step: GradientStep, rollout: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`update` with `step` in place of `gradient_step`, such as a graph of it (`fastflow.graphs`)."""
         config = self.config
         self._check_rollout(rollout)
         began = time.perf_counter()
         rate = config.decayed(self.step)
         groups = self.optimizer.param_groups
-        groups[1]["lr"] = rate * (config.critic_lr or config.lr)
+        set_rate(groups[1], rate * (config.critic_lr or config.lr))
         with torch.no_grad():
             observations = rollout["observations"]
             rows: dict[str, Tensor] = {
@@ -465,9 +469,12 @@ class OnPolicyAgent(abc.ABC):
             if epoch and config.recompute_advantages:
                 with torch.no_grad():
                     self._estimate(rows, rollout, rewards)
-            groups[0]["lr"] = rate * config.lr * float(self._lr_factor)
+            actor_rate = rate * config.lr * float(self._lr_factor)
+            set_rate(groups[0], actor_rate)
             order = torch.randperm(len(rows["obs"]), generator=self.generator, device=self.device)
-            seen += [self._minibatch(part) for part in _shuffled(rows, order, config.num_minibatches)]
+            for part in _shuffled(rows, order, config.num_minibatches):
+                seen.append(step(part))
+                self._minibatches_done += 1
             passes += 1
             if config.adaptive_kl or config.target_kl:
                 with torch.no_grad():
@@ -485,7 +492,7 @@ class OnPolicyAgent(abc.ABC):
             "critic/explained_variance": explained,
             "critic/value": rows["values"].mean(),
             "actor/std": rows["actions"].std(0, correction=0).mean(),
-            "actor/lr": torch.tensor(groups[0]["lr"], dtype=self.dtype, device=self.device),
+            "actor/lr": torch.tensor(actor_rate, dtype=self.dtype, device=self.device),
             "actor/passes": torch.tensor(float(passes), dtype=self.dtype, device=self.device),
         }
         if self.device.type == "cuda":
@@ -532,8 +539,17 @@ class OnPolicyAgent(abc.ABC):
         self.return_statistics.update(torch.stack(returns).unsqueeze(-1))
         return (rewards / self.return_statistics.std.to(self.dtype)).clamp(-10, 10)
 
-    def _minibatch(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One gradient step."""
+    def gradient_step(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What an update does with a minibatch: runs on the device, and reads nothing of the host's that changes
+        between minibatches.
+
+        Args:
+            rows: `obs` [b, O] normalised, `actions` [b, A], `advantages`, `values`, `old_values` and `returns` [b], and
+                what the algorithm keeps besides, [b, ...].
+
+        Returns:
+            Metrics as 0-d tensors, without gradient.
+        """
         config = self.config
         actor = self._actor_loss(rows, self._shaped(rows["advantages"], "minibatch"))
         actor_loss = actor.loss
@@ -549,7 +565,6 @@ class OnPolicyAgent(abc.ABC):
             self._clip_gradient(self._critic_parameters, critic_gradients),
         )
         self._descent.step()
-        self._minibatches_done += 1
         with torch.no_grad():
             ratios = actor.ratios
             if ratios is None:

@@ -24,15 +24,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fastflow import ops
 from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, copy_state, ready_moments
-from fastflow.agents.descent import Descent, FlatGradients
+from fastflow.agents.descent import Descent, FlatGradients, GradientStep, set_rate
 from fastflow.diffusion import LEVELS, DiffusionSuccessor
 from fastflow.fields import MLP, Architecture, FiLMUNet, PowerFourier, Sinusoidal, TimeEmbedding
 from fastflow.kernels.cpu import ONE_THREAD
@@ -281,6 +281,9 @@ class Td2CfmAgent:
         ValueError, TypeError: an argument that cannot be.
     """
 
+    compiles: ClassVar[bool] = True
+    """Whether torch.compile takes `losses` as one graph."""
+
     def __init__(
         self,
         config: Td2CfmConfig,
@@ -352,18 +355,36 @@ class Td2CfmAgent:
         Raises:
             ValueError, TypeError: a missing key, a tensor of another shape, dtype or device, an empty batch.
         """
+        return self.update_by(self.gradient_step, batch)
+
+    def update_by(self, step: GradientStep, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`update` with `step` in place of `gradient_step`, such as a graph of it (`fastflow.graphs`)."""
         self.check_batch(batch)
         if self.config.lr_decay_steps:
-            self.optimizer.param_groups[0]["lr"] = self.config.learning_rate(self.step)
+            set_rate(self.optimizer.param_groups[0], self.config.learning_rate(self.step))
+        metrics = step(batch)
+        self.step += 1
+        return metrics
+
+    def gradient_step(self, batch: Mapping[str, Tensor], losses: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+        """The part of an update that runs on the device, and reads nothing of the host's that changes between updates.
+
+        Args:
+            batch: as for `update`, checked.
+            losses: in place of `losses`, such as it compiled.
+        """
         for parameter in self._online:
             parameter.grad = None
-        loss, metrics = self._losses(batch, self.sample_noise(batch), self.config.variant, direct=True)
+        noise = self.sample_noise(batch)
+        if losses is None:
+            loss, metrics = self._losses(batch, noise, self.config.variant, direct=True)
+        else:
+            loss, metrics = losses(batch, noise)
         if loss.requires_grad:  # what native code has not differentiated already
             loss.backward()
         self._descent.step()
         with torch.no_grad():  # else the target's history would grow with every update
             torch._foreach_lerp_(self._target, self._online, self.config.target_rate)
-        self.step += 1
         return metrics
 
     def sample_noise(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Td2CfmNoise:

@@ -176,6 +176,8 @@ class ValueFlowsAgent(FqlActorAgent):
     """
 
     config_class = ValueFlowsConfig
+    # The weight is a derivative, which torch.compile does not follow within a loss.
+    compiles = False
 
     def _make_networks(self, generator: torch.Generator) -> FqlActorNetworks:
         config = self.config
