@@ -119,6 +119,10 @@ WALKS = {
     "integrate_fwd-keep-save": "walk, activations stored",
     "integrate_fwd-noise": "walk, noise behind each step",
 }
+GROUPS = {
+    "walk_group": "walk by groups that meet",
+    "walk_group-layer": "walk by groups, a launch per layer",
+}
 LOSSES = {
     "matching_fwd": "loss",
     "matching_fwd-keep-save": "loss, activations stored",
@@ -133,7 +137,7 @@ BACKWARD = {
     "backward-recompute": "back from a walk, computed again, without weights",
     "backward-recompute-weights-midpoint-rows": "back from a walk: midpoint, times per row, computed again",
 }
-KERNELS = WALKS | LOSSES | BACKWARD
+KERNELS = WALKS | GROUPS | LOSSES | BACKWARD
 _BASE = ("integrate_fwd", "matching_fwd-keep-save", "backward-loss-weights")
 # What each field's agent runs beyond or instead of the base.
 _USED = {
@@ -144,7 +148,10 @@ _USED = {
         *("backward-loss-weights", "backward-recompute-weights", "backward-recompute-weights-midpoint-rows"),
     ),
     "fpo": (*_BASE, "integrate_fwd-noise", "matching_fwd-draw-keep-save"),
-    "fpo++": (*_BASE, "integrate_fwd-noise", "matching_fwd-draw-keep-save"),
+    "fpo++": (*_BASE, "integrate_fwd-noise", "matching_fwd-draw-keep-save", "walk_group"),
+    "fql-actor": (*_BASE, "walk_group"),
+    "floq-2-layers": (*_BASE, "walk_group"),
+    "floq-256": (*_BASE, "walk_group"),
 }
 
 
@@ -159,6 +166,8 @@ class Work(NamedTuple):
 
 def entries(kernel: str, field: str, arch: int) -> tuple[plan.Tiles, ...]:
     """The plan's tiles for one kernel, field and arch."""
+    if kernel in GROUPS:
+        return plan.group_tiles(arch, FIELDS[field])
     return plan.candidates(kernel.partition("-")[0], arch, FIELDS[field])
 
 
@@ -178,7 +187,7 @@ def matrix(
             for kernel in kernels or _USED.get(field, _BASE):
                 tiles = entries(kernel, field, arch)
                 found += [
-                    Work(field, kernel, arch, t) for t in tiles[: None if field == "floq" and kernel in _BASE else 1]
+                    Work(field, kernel, arch, t) for t in tiles[: None if field == "floq" and kernel in (*_BASE, "walk_group") else 1]
                 ]
     return found
 

@@ -50,7 +50,7 @@ def norm_of(p_stats, r_b, eps, MP, NET: tl.constexpr, G: tl.constexpr):
     return r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "MP", "R", "samples", "num_steps", "first_step", "steps"])
 def walk_group_kernel(
     x_ptr,  # [E, M, D] start
     out_ptr,  # [E, M, D] end

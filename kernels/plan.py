@@ -349,8 +349,8 @@ class Groups:
     meets: bool = True  # one launch whose programs meet behind each layer; else a launch per layer
 
 
-# Tiles of groups, the first that fits is taken, and how many tiles of rows a group takes at most: behind that, programs
-# that stream all weights are as fast (docs/kernels.md).
+# Tiles of groups, the most rows first, and how many rows a group takes at most: behind that, programs that stream all
+# weights are as fast (docs/kernels.md).
 GROUP_TILES = (Tiles(32, 64, 8, 1), Tiles(16, 64, 4, 1), Tiles(16, 32, 4, 1))
 GROUP_ROWS = 128
 GROUP_WIDTH = 256
@@ -364,23 +364,27 @@ def group_bytes(net: Network, tiles: Tiles) -> int:
     return (weights + tiles.rows * hp) * size + head
 
 
+def group_tiles(arch: int, net: Network) -> tuple[Tiles, ...]:
+    """Tiles of groups that fit a network on an arch, the first choice first."""
+    if arch == GFX942 or family(arch) not in (80, 90, 100) or net.precision != "bf16":
+        return ()
+    if not (net.fold and net.roll and net.layers > 1 and net.padded[0] >= GROUP_WIDTH):
+        return ()
+    return tuple(t for t in GROUP_TILES if group_bytes(net, t) <= SHARED_MEMORY[family(arch)])
+
+
 def groups(arch: int, sms: int, net: Network, members: int, rows: int) -> Groups | None:
     """The groups that walk `rows` rows of each member, or None where rows alone do better.
 
     Every program has a multiprocessor to itself, and all run at once.
     """
-    if arch == GFX942 or family(arch) not in (80, 90, 100) or net.precision != "bf16":
-        return None
-    if not (net.fold and net.roll and net.layers > 1 and net.padded[0] >= GROUP_WIDTH):
-        return None
-    for tiles in GROUP_TILES:
+    for tiles in group_tiles(arch, net):
         count = sms // (members * (net.padded[0] // tiles.columns))
-        if count and group_bytes(net, tiles) <= SHARED_MEMORY[family(arch)]:
-            each = -(-rows // count)
-            if tiles.rows > 16 and each <= 16:
-                continue
-            count = min(count, -(-rows // tiles.rows))
-            return Groups(tiles, count) if each <= GROUP_ROWS else None
+        each = -(-rows // count) if count else 0
+        if each > GROUP_ROWS:
+            return None
+        if each > 16 or (each and tiles.rows == 16):
+            return Groups(tiles, min(count, -(-rows // tiles.rows)))
     return None
 
 

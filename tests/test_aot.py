@@ -325,7 +325,7 @@ def test_no_block_pointers_or_descriptors():
 def test_no_kernel_is_compiled_per_number_of_steps_or_rows(plain_environment):
     code = (
         "from fastflow.kernels import aot\n"
-        "for kernel in ('integrate_fwd', 'matching_fwd', 'backward'):\n"
+        "for kernel in ('integrate_fwd', 'matching_fwd', 'backward', 'walk_group'):\n"
         "    function, types, constants = aot.arguments(kernel, aot.FLOQ, 90, aot.plan.Tiles(64, 64, 8, 2))\n"
         "    integers = [p for p in function.params if types.get(p.name) == 'i32' and p.name not in constants]\n"
         "    assert {'M', 'MP', 'samples'} <= {p.name for p in integers}, integers\n"
