@@ -187,7 +187,8 @@ def matrix(
             for kernel in kernels or _USED.get(field, _BASE):
                 tiles = entries(kernel, field, arch)
                 found += [
-                    Work(field, kernel, arch, t) for t in tiles[: None if field == "floq" and kernel in (*_BASE, "walk_group") else 1]
+                    Work(field, kernel, arch, t)
+                    for t in tiles[: None if field == "floq" and kernel in (*_BASE, "walk_group") else 1]
                 ]
     return found
 
@@ -398,7 +399,9 @@ _STORED = {
     *("h_ptr", "dpre_ptr", "xhat_ptr", "dfilm_ptr", "state_ptr", "dtime_ptr"),
 }
 _POINTERS = {"seed_ptr": "*i64", "ids_ptr": "*i64", "count_ptr": "*i32"}
-_INTEGERS = {"R", "first_step", "steps", "M", "MP", "samples", "num_steps", "evaluations", "i_low", "count", "R_P", "R_D"}
+_INTEGERS = {
+    *("M", "MP", "R", "R_P", "R_D", "samples", "num_steps", "first_step", "steps", "evaluations", "i_low", "count")
+}
 
 
 # What a row depends on -----------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """The K-step walk by groups of programs that share their rows: for few rows of a wide network.
 
 Of every layer each of a group's G programs computes BN columns, whose weights it keeps in shared memory for the whole
-walk; behind each layer the group's programs meet at a counter. Nothing but activations moves then, and a walk's time is
-that of K L meetings in place of K L times all weights through one multiprocessor. The same kernel, launched once per
+walk; behind each layer the group's programs meet at a counter. Nothing but activations moves then, and a walk's time
+is that of K L meetings in place of K L times all weights through one multiprocessor. The same kernel, launched once per
 layer, needs no counter and no programs that run at the same time: K L launches that a CUDA graph replays, and what the
 interpreter runs.
 
-Layers pass on what they store un-normalised, and each program's share of the rows' sums, [G, 2] numbers a row: LayerNorm
+Layers pass on what they store un-normalised, and each program's share of the rows' sums, [G, 2] numbers a row: the norm
 is folded (see kernels/network.py). Nothing is added atomically, so bits do not depend on who comes first.
 """
 
@@ -101,9 +101,9 @@ def walk_group_kernel(
     for l in tl.static_range(1, L):
         p_w = w_hidden_ptr + (n_e * (l - 1) + i_e) * HP * HP
         if LAYER < 0 or l == LAYER:
-            hidden = hidden + (tl.load(p_w + o_h[:, None] * HP + o_n[None, :]),)
+            hidden = hidden + (tl.load(p_w + o_h[:, None] * HP + o_n[None, :]),)  # noqa: RUF005 - triton has no stars
         else:
-            hidden = hidden + (0,)
+            hidden = hidden + (0,)  # noqa: RUF005
     b_wo = head_weights(w_out_ptr + i_e * HP * NET.DP, w_feat_ptr.dtype.element_ty, NET)
     p_count = count_ptr + i_e * (tl.num_programs(0) // G) + i_g
     met = 0
@@ -232,7 +232,7 @@ def integrate_by_groups(
     net: plan.Network,
 ) -> Tensor:
     """x_K of the Euler walk from x_0 [E, B, S, D] between two times that all rows share."""
-    e, b, s, d = x_0.shape
+    e, b, s, _ = x_0.shape
     m = b * s
     x_0 = x_0.contiguous()
     tiles, width, dp = groups.tiles, net.padded[0], net.state_padded

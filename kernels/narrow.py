@@ -1,4 +1,4 @@
-"""One evaluation of a narrow network for a block of rows, without workspaces: device functions of the walk and the loss.
+"""One evaluation of a narrow network for a block of rows without workspaces: device functions of walk and loss.
 
 Every layer's product takes whole rows of the layer before, so activations go from product to product in registers, and
 the weights of all layers are read once per program, before the steps. For networks whose layers follow each other, with
@@ -34,8 +34,8 @@ def narrow_weights(weights, i_e, n_e, NET: tl.constexpr):
         p_w = w_hidden_ptr + n_e * NET.OFF_W[l] + i_e * NET.KP[l] * NET.HP[l]
         o_k = tl.arange(0, NET.KP[l])
         o_n = tl.arange(0, NET.HP[l])
-        hidden = hidden + (tl.load(p_w + o_k[:, None] * NET.HP[l] + o_n[None, :]),)
-        biases = biases + (tl.load(b_hidden_ptr + n_e * NET.OFF[l] + i_e * NET.HP[l] + o_n),)
+        hidden = hidden + (tl.load(p_w + o_k[:, None] * NET.HP[l] + o_n[None, :]),)  # noqa: RUF005 - triton has no stars
+        biases = biases + (tl.load(b_hidden_ptr + n_e * NET.OFF[l] + i_e * NET.HP[l] + o_n),)  # noqa: RUF005
     if NET.DP == 1:
         b_wo = tl.load(w_out_ptr + i_e * HPL + o_l)
     else:
@@ -89,9 +89,7 @@ def narrow_fwd(
 
 
 @triton.jit
-def narrow_layer(
-    b_acc, pre_ptr, stats_ptr, n_e, R_P, r_p, eps, l: tl.constexpr, NET: tl.constexpr, SAVE: tl.constexpr
-):
+def narrow_layer(b_acc, pre_ptr, stats_ptr, n_e, R_P, r_p, eps, l: tl.constexpr, NET: tl.constexpr, SAVE: tl.constexpr):
     """Output [BM, HP[l]] of layer l, not normalised, from its pre-activations, and the factor of its norm."""
     BM: tl.constexpr = NET.BM
     HP: tl.constexpr = NET.HP[l]

@@ -131,8 +131,8 @@ def activate_grad(x, NET: tl.constexpr):
 def embed_state(b_x, o_f, low, high, std, NET: tl.constexpr):
     """State features [BM, FP] of b_x [BM, 1] or [BM, FP]; columns from F on are zero.
 
-    hl_gauss is evaluated from two erfs per interval in float32, hl_gauss_smooth from the density and its curvature in the
-    middle of it; x is clamped to three standard deviations outside the range.
+    hl_gauss is evaluated from two erfs per interval in float32, hl_gauss_smooth from the density and its curvature in
+    the middle of it; x is clamped to three standard deviations outside the range.
     """
     F: tl.constexpr = NET.F
     m_f = o_f[None, :] < F

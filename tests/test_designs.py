@@ -125,7 +125,9 @@ def test_programs_that_meet_find_what_launches_per_layer_do(batch, device, group
 
 
 def test_narrow_networks_are_those_that_fit_a_program():
-    names = {name for name, net in aot.FIELDS.items() if not name.startswith(("fold", "norm", "film")) and plan.narrow(net)}
+    names = {
+        name for name, net in aot.FIELDS.items() if not name.startswith(("fold", "norm", "film")) and plan.narrow(net)
+    }
     assert names == {"fpo", "floq-64-tf32"}
     wide = dataclasses.replace(aot.FPO, state_dim=100, state_features=100)
     assert plan.narrow(wide)

@@ -358,7 +358,7 @@ MEDIUM = Experiment(
     reference="cpu",
 )
 
-# One setting for every network of the agent and for losses as well as walks: more than mixed precision as a rule rounds.
+# One setting for every network of the agent, for losses as well as walks: more than mixed precision rounds as a rule.
 PRECISION = Experiment(
     name="floq-precision",
     title="Precision of floq's matrix products",
