@@ -1,5 +1,5 @@
-"""The fused side of the operators: what does not depend on the flow state is prepared here in plain PyTorch, the rest
-is the kernels'.
+"""The fused side of the operators: what does not depend on the flow state is prepared here, in plain PyTorch where
+`kernels.prepare` does not cover it, the rest is the kernels'.
 
 Gradients come back the same way: kernels give those of what was prepared and of the weights they multiply with, and
 `torch.func.vjp` takes the former further to cond, encoders, time embeddings and first layers.
@@ -7,6 +7,7 @@ Gradients come back the same way: kernels give those of what was prepared and of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -159,15 +160,22 @@ class _Call:
         cond: Tensor,
         parameters: Sequence[Tensor],
         precision: str,
-        times: Tensor,
+        times: Callable[[], Tensor],
         shared: bool,
+        walk: tuple[tuple[float, float], int, str] = ((0.0, 1.0), 1, "euler"),
     ) -> None:
-        self.spec, self.shared, self.times = spec, shared, times
+        self.spec, self.shared, self.walk = spec, shared, walk
+        self._times = times
         self.net = network(spec, precision)
         self.fields = _split(spec, parameters)
         self.given = [parameters[i : i + spec.num_parameters] for i in range(0, len(parameters), spec.num_parameters)]
         self.cond = cond
         self.width = spec.ensemble or 1
+
+    @functools.cached_property
+    def times(self) -> Tensor:
+        """Of every evaluation, where they are not told to the kernels as numbers."""
+        return self._times()
 
     def _share(self, i: int, x: Tensor, axis: int = 0) -> Tensor:
         """Field i's members of a tensor whose `axis` is E of all fields, or 1."""
@@ -184,10 +192,16 @@ class _Call:
 
     def prepare(self, invariant: bool = False) -> Prepared:
         """Everything prepared, of all fields, padded and cast; `invariant`: the same bits in any batch."""
+        from fastflow.kernels import prepare
         from fastflow.kernels.dense import dense
         from fastflow.kernels.pack import Prepared, pad_last, pad_layers, product_dtype
 
         net, dtype = self.net, product_dtype(self.net)
+        if prepare.covers(net):
+            ends, num_steps, method = self.walk
+            conds = [self._share(i, self.cond) for i in range(len(self.fields))]
+            firsts = [self.spec.parts(ps).layers[0] for ps in self.fields]
+            return prepare.prepare(conds, firsts, ends if self.shared else None, num_steps, method, net)
         with launch.exact_products(net.precision):
             found = [
                 self._preparation(i, dense if invariant else reference.dense)(self._share(i, self.cond), *ps)
@@ -292,28 +306,38 @@ def _without_parameters(
 # Walks --------------------------------------------------------------------------------------------------------------
 
 
-def _walk_times(
+def _walk_call(
+    spec: FieldSpec,
+    cond: Tensor,
+    parameters: Sequence[Tensor],
+    precision: str,
     t_0: Tensor | None,
     t_1: Tensor | None,
-    start: float,
-    end: float,
+    ends: tuple[float, float],
     num_steps: int,
     method: str,
-    spec: FieldSpec,
     device: torch.device,
-) -> tuple[Tensor, bool, tuple]:
-    """(times of every evaluation, whether all rows share them, start and end as the kernels take them)."""
-    steps = reference.evaluation_steps(num_steps, method, device)
+) -> tuple[_Call, tuple[Tensor, Tensor] | tuple[float, float]]:
+    """(the call, start and end as the kernels take them)."""
+    walk = (ends, num_steps, method)
     if t_0 is None or t_1 is None:
-        # Rounded once: sinusoids of a thousand times t show every bit.
-        part = steps / num_steps
-        return ((1 - part) * start + part * end).float(), True, (start, end)
-    t_0, t_1, steps = t_0.float(), t_1.float(), steps.float()
-    if not _given(spec):
-        return steps.view(-1, 1, 1), False, (t_0, t_1)  # the kernels embed each row's times themselves
-    part = (steps / num_steps).view(-1, 1, 1, 1)
-    rows = ((1 - part) * t_0 + part * t_1).flatten(2)
-    return rows, False, (t_0, t_1)
+
+        def shared() -> Tensor:
+            # Rounded once: sinusoids of a thousand times t show every bit.
+            part = reference.evaluation_steps(num_steps, method, device) / num_steps
+            return ((1 - part) * ends[0] + part * ends[1]).float()
+
+        return _Call(spec, cond, parameters, precision, shared, True, walk), ends
+    start, end = t_0.float(), t_1.float()
+
+    def own() -> Tensor:
+        steps = reference.evaluation_steps(num_steps, method, device).float()
+        if not _given(spec):
+            return steps.view(-1, 1, 1)  # the kernels embed each row's times themselves
+        part = (steps / num_steps).view(-1, 1, 1, 1)
+        return ((1 - part) * start + part * end).flatten(2)
+
+    return _Call(spec, cond, parameters, precision, own, False, walk), (start, end)
 
 
 def stores(
@@ -356,8 +380,7 @@ def walk(
     from fastflow.kernels import integrate, pack
 
     e, b, s, _ = x_0.shape
-    times, shared, ends = _walk_times(t_0, t_1, start, end, num_steps, method, spec, x_0.device)
-    call = _Call(spec, cond, parameters, precision, times, shared)
+    call, ends = _walk_call(spec, cond, parameters, precision, t_0, t_1, (start, end), num_steps, method, x_0.device)
     saved = _saved(x_0, e, b * s, num_steps * plan.evaluations(method), call.net) if store else None
     with torch.cuda.device_of(x_0):
         out, path, stages = integrate.integrate(
@@ -429,8 +452,7 @@ def walk_bwd(
     path, stages, *activations = saved
     like = path
     e, b, s, d = path.shape[1:]
-    times, shared, ends = _walk_times(t_0, t_1, start, end, num_steps, method, spec, path.device)
-    call = _Call(spec, cond, parameters, precision, times, shared)
+    call, ends = _walk_call(spec, cond, parameters, precision, t_0, t_1, (start, end), num_steps, method, path.device)
     net = call.net
     grad = like.new_zeros((e, b, s, d)) if grad is None else grad.float()
     evaluations = num_steps * plan.evaluations(method)
@@ -490,7 +512,7 @@ def loss(
     from fastflow.kernels import matching, pack
 
     e, batch, s, _ = b.shape
-    call = _Call(spec, cond, parameters, precision, _loss_times(t, seed, ids, s, spec), shared=False)
+    call = _Call(spec, cond, parameters, precision, lambda: _loss_times(t, seed, ids, s, spec), shared=False)
     net = call.net
     saved = _saved(b, e, batch * s, 1, net) if save and plan.stores(net, e, batch * s, 1) else None
     with torch.cuda.device_of(b):
@@ -565,7 +587,7 @@ def loss_bwd(
 
         t = PhiloxNoise(seed, ids, s).t().unsqueeze(0).expand(e, -1, -1)
     t = t.float()
-    call = _Call(spec, cond, parameters, precision, t.flatten(1).unsqueeze(0), shared=False)
+    call = _Call(spec, cond, parameters, precision, lambda: t.flatten(1).unsqueeze(0), shared=False)
     net = call.net
     prepared, packed, weights = call.prepare(), pack.pack(call.weights(), net), call.joined_weights()
     stored = activations[0].numel() > 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import plan
-from .fold import fold
+from .fold import fold, fold_network_kernel
 from .launch import arith
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -127,6 +127,12 @@ def pack(fields: Sequence[Weights], net: plan.Network) -> Packed:
         size = math.prod(shape)
         return x[e * offset : e * (offset + size)].view(e, *shape)
 
+    if net.fold:
+        i_e = 0
+        for field in fields:
+            _fold_network(field, packed, i_e, e, net)
+            i_e += field.state.shape[0]
+        return packed
     i_e = 0
     for field in fields:
         part = slice(i_e, i_e + field.state.shape[0])
@@ -141,9 +147,8 @@ def pack(fields: Sequence[Weights], net: plan.Network) -> Packed:
             fold(padded, None, None, None, block, None)
         for i in range(1, net.layers + 1):
             w, b = field.layers[i]
-            scale, shift = field.norms[i - 1] if net.fold and net.norm == "after" else (None, None)
             if i == net.layers:
-                fold(w, b, scale, shift, packed.w_out[part], packed.b_out[part])
+                fold(w, b, None, None, packed.w_out[part], packed.b_out[part])
                 continue
             block = layer(packed.w_hidden, net.weight_offsets[i], net.inputs_padded[i], hp[i])[part]
             bias = layer(packed.b_hidden, net.offsets[i], hp[i])[part]
@@ -151,13 +156,49 @@ def pack(fields: Sequence[Weights], net: plan.Network) -> Packed:
             for j in net.inputs[i]:
                 rows = w[:, row : row + net.hidden[j]]
                 out = block[:, row_p : row_p + hp[j]]
-                fold(rows, b if row == 0 else None, scale, shift, out, bias if row == 0 else None)
+                fold(rows, b if row == 0 else None, None, None, out, bias if row == 0 else None)
                 row, row_p = row + net.hidden[j], row_p + hp[j]
         if norms:
             for (scale, shift), off, h_p in zip(field.norms, net.offsets, hp, strict=True):
                 layer(packed.scale, off, h_p)[part] = pad_last(scale, h_p, torch.float32)
                 layer(packed.shift, off, h_p)[part] = pad_last(shift, h_p, torch.float32)
     return packed
+
+
+def _fold_network(field: Weights, packed: Packed, first: int, members: int, net: plan.Network) -> None:
+    """All layers of a field into its members' places, in one launch."""
+    state, time = (
+        x if x.stride()[1:] == (net.hidden[0], 1) else x.contiguous()
+        for x in (field.state, field.state if field.time is None else field.time)
+    )
+    pairs = [(w.contiguous(), b.contiguous()) for w, b in field.layers[1:]]
+    norms = [(s.contiguous(), t.contiguous()) for s, t in field.norms] if net.norm == "after" else pairs
+    columns = 32
+    blocks = max(-(-width // columns) for width in (*net.padded, net.state_padded))
+    fold_network_kernel[(blocks, net.layers + 1, state.shape[0])](
+        state,
+        time,
+        tuple(w for w, _ in pairs),
+        tuple(b for _, b in pairs),
+        tuple(scale for scale, _ in norms),
+        tuple(shift for _, shift in norms),
+        packed.w_feat,
+        packed.w_time,
+        packed.w_hidden,
+        packed.b_hidden,
+        packed.w_out,
+        packed.b_out,
+        state.stride(0),
+        time.stride(0),
+        first,
+        members,
+        NET=net_shape(net, field.time is None, plan.Tiles(32, 32, 4, 1)),
+        NORM=net.norm == "after",
+        TIME=field.time is not None,
+        BI=64,
+        BN=columns,
+        num_warps=4,
+    )
 
 
 @dataclass

@@ -83,8 +83,6 @@ LOSS_FACTORS: dict[str, list[Any]] = FIELD_FACTORS | {
     "weighted": [False, True],
     "reduction": ["none", "sum", "mean"],
 }
-# How the kernels lay a small network out: in registers, or by workspaces as every wide one.
-DESIGNS: dict[str, list[Any]] = {"design": ["narrow", "rows"]}
 
 
 def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -112,6 +110,12 @@ def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
         missing -= covers(best)
         out.append({name: factors[name][best[name]] for name in names})
     return out
+
+
+def laid_out(combinations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The combinations with how the kernels lay their network out in turns: as the narrow one that it is, or by rows as
+    every wide one."""
+    return [each | {"design": ("narrow", "rows")[i % 2]} for i, each in enumerate(combinations)]
 
 
 def spec_of(combination: dict[str, Any]) -> ff.FieldSpec:
