@@ -234,15 +234,16 @@ def compare(
         counted: launches of one call by name; those that are missing are counted and added.
     """
     found: dict[str, Any] = {}
-    for kind, cases in (("cases", CASES), ("updates", GPU_UPDATES)):
+    known: dict[str, Mapping[str, Any]] = {"cases": CASES, "updates": GPU_UPDATES}
+    for kind, cases in known.items():
         for name, case in cases.items():
             measured = _measured(report[kind].get(name, {}), precision)
             if measured is None:
                 continue
-            of, count = (of_case, count_case) if isinstance(case, Case) else (of_update, count_update)
+            operator = isinstance(case, Case)
             if name not in counted:
-                counted[name] = count(case, device, precision)
-            row = of(case, machine, precision, counted[name])
+                counted[name] = (count_case if operator else count_update)(case, device, precision)
+            row = (of_case if operator else of_update)(case, machine, precision, counted[name])
             mode, us = measured
             found[name] = {**row, "mode": mode, "measured_us": us, "relative_error": row["predicted_us"] / us - 1}
     return found

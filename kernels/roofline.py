@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from . import plan
 from .plan import Network, Tiles
@@ -341,7 +342,7 @@ def best(
     covering = [design for design in designs if why_not(design, kernel, net, machine) is None]
     if not covering:
         raise ValueError(f"none of {', '.join(designs)} covers {kernel} of this network on {machine.name}")
-    options = {"members": members, "save": save, "own_times": own_times}
+    options: dict[str, Any] = {"members": members, "save": save, "own_times": own_times}
     return min(covering, key=lambda d: predict(d, kernel, net, rows, evaluations, machine, **options).seconds)
 
 
@@ -357,7 +358,7 @@ def best_tiles(
     own_times: bool = False,
 ) -> Tiles:
     """The cheapest tiles of "rows" by the model, of some or of the plan's; `plan.choose` goes by rows alone."""
-    options = {"members": members, "save": save, "own_times": own_times}
+    options: dict[str, Any] = {"members": members, "save": save, "own_times": own_times}
     found = plan.candidates(kernel, machine.arch, net) if candidates is None else candidates
     return min(found, key=lambda t: predict("rows", kernel, net, rows, 1, machine, tiles=t, **options).seconds)
 
