@@ -241,6 +241,7 @@ def test_the_table(fitted):
     assert "ncu: not available: no ncu on PATH" in text
     small = gpu_goals.markdown({**fitted, "small": True})
     assert small.startswith(f"**{gpu_goals.SMALL}**")
+    assert f"0 of {len(every)} goals met" in small and small.count("✓") == 1
 
 
 def test_an_empty_run_has_a_table(small_run):
