@@ -653,8 +653,8 @@ def _time_tiles(run: Run, job: Any, row: dict[str, Any]) -> None:
 # What follows from a run ---------------------------------------------------------------------------------------------
 
 
-def compare_predictions(run: Run) -> None:
-    """The model's times beside the measured ones."""
+def compare_predictions(run: Run, count: bool) -> None:
+    """The model's times beside the measured ones; of all cases, or of those whose launches were counted before."""
     from benchmarks import predictions
     from benchmarks.rivals import Skipped
     from fastflow.kernels import roofline
@@ -662,9 +662,8 @@ def compare_predictions(run: Run) -> None:
     machine = roofline.machine_of(run.report["hardware"].get("gpu", ""))
     if machine is None or run.arguments.small:
         raise Skipped("the model knows " + ", ".join(roofline.MACHINES) + ", and cases as large as they are")
-    found = predictions.compare(run.report, machine, "bf16", run.device, run.launches)
-    run.report["predictions"] = found
-    print(predictions.beside(found), flush=True)
+    device = run.device if count else None
+    run.report["predictions"] = predictions.compare(run.report, machine, "bf16", device, run.launches)
 
 
 def profile_cases(run: Run, names: Sequence[str]) -> None:
@@ -734,6 +733,10 @@ def table(run: Run, names: Iterable[str] | None = None) -> str:
                 label = f"{row['precision']} {row['rival']}{' as a graph' if row['mode'] == 'graph' else ''}"
                 beside = f"{_times(row, 'call')} x fused {_times(row, 'graph')} x graph"
                 lines.append(f"  {label:30}{row['median_us']:10.1f} us {rates} {beside}")
+    if wanted is None and run.report["predictions"]:
+        from benchmarks import predictions
+
+        lines += ["", "the model's predictions:", predictions.beside(run.report["predictions"])]
     for heading, fit in run.report.get("k_scaling", {}).get("fits", {}).items():
         if wanted is None:
             line = f"{fit['fixed_us']:.1f} us + {fit['slope_us']:.2f} us K, off by {fit['worst_relative']:.1%}"
@@ -843,7 +846,8 @@ def measure_everything(run: Run) -> None:
     run.stage("JAX", 20, cases([*main, *goals], low, ("fused", *JAX)))
     run.stage("number of steps", 10, cases(steps, low, ("fused", "eager")))
     run.attempt("time over K", lambda: fit_steps(run))
-    run.stage("predictions", 5, lambda: compare_predictions(run))
+    predict = functools.partial(run.attempt, "predictions", lambda: compare_predictions(run, True), seconds=40.0)
+    run.stage("predictions", 5, predict)
     for name in goals:
         run.stage(f"torch.compile, {name}", 30, cases([name], low, ("fused", BEST_COMPILER), **share()))
     for name in goal_updates:
@@ -867,8 +871,8 @@ def measure_everything(run: Run) -> None:
 def conclude(run: Run) -> None:
     """What follows from the measurements, whatever time is left."""
     run.attempt("time over K", lambda: fit_steps(run))
-    if run.launches and not run.dead:
-        run.attempt("predictions", lambda: compare_predictions(run))
+    if run.launches:
+        run.attempt("predictions", lambda: compare_predictions(run, False))
     draw_figure(run)
     run.write()
 

@@ -122,7 +122,8 @@ class Way:
 
 def td2_update_by(agent: Td2CfmAgent, losses: Callable[..., Any]) -> Update:
     """`Td2CfmAgent.update` with other losses."""
-    target, online = list(agent.target.parameters()), list(agent.online.parameters())
+    target: list[Tensor] = list(agent.target.parameters())
+    online: list[Tensor] = list(agent.online.parameters())
 
     def update(batch: Batch) -> dict[str, Tensor]:
         loss, metrics = losses(batch, agent.sample_noise(batch))

@@ -124,8 +124,13 @@ def of_update(case: UpdateCase | Td2UpdateCase, machine: Machine, precision: str
     }
 
 
+def counted_as(name: str) -> str:
+    """Under which name launches are counted: their number does not depend on rows and steps."""
+    return "walk-2x2048" if name.startswith("walk-2x") else name
+
+
 def count_case(case: Case, device: torch.device, precision: str) -> int:
-    """Kernels that one call of a case launches; their number does not depend on rows and steps."""
+    """Kernels that one call of a case launches."""
     problem = case.with_batch(8).build(device)
     return launches.count(fused(problem, precision).call, device)
 
@@ -224,25 +229,28 @@ def _us(value: float | None) -> str:
 
 
 def compare(
-    report: Mapping[str, Any], machine: Machine, precision: str, device: torch.device, counted: dict[str, int]
+    report: Mapping[str, Any], machine: Machine, precision: str, device: torch.device | None, counted: dict[str, int]
 ) -> dict[str, Any]:
     """Predicted beside measured of every case and update that a run measured, and the relative error of the former.
 
     Args:
         report: of `benchmarks.gpu`, of sizes as they are.
-        device: where launches are counted.
+        device: where launches are counted; None to leave out what was not counted yet.
         counted: launches of one call by name; those that are missing are counted and added.
     """
     found: dict[str, Any] = {}
-    for kind, cases in (("cases", CASES), ("updates", GPU_UPDATES)):
+    known: dict[str, Mapping[str, Any]] = {"cases": CASES, "updates": GPU_UPDATES}
+    for kind, cases in known.items():
         for name, case in cases.items():
             measured = _measured(report[kind].get(name, {}), precision)
             if measured is None:
                 continue
-            of, count = (of_case, count_case) if isinstance(case, Case) else (of_update, count_update)
-            if name not in counted:
-                counted[name] = count(case, device, precision)
-            row = of(case, machine, precision, counted[name])
+            operator, known_as = isinstance(case, Case), counted_as(name)
+            if known_as not in counted:
+                if device is None:
+                    continue
+                counted[known_as] = (count_case if operator else count_update)(case, device, precision)
+            row = (of_case if operator else of_update)(case, machine, precision, counted[known_as])
             mode, us = measured
             found[name] = {**row, "mode": mode, "measured_us": us, "relative_error": row["predicted_us"] / us - 1}
     return found

@@ -18,9 +18,11 @@ What is prepared and added up around a launch is not in here: see `around` and `
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from . import plan
 from .plan import Network, Tiles
@@ -308,10 +310,12 @@ def predict(
     kept_bytes = rows * evaluations * sum(layer.kept for layer in parts)
     # What the way back reads fits L2, or comes from memory.
     through_memory = kept_bytes > machine.l2_bytes
+    # The head is in the last hidden layer's epilogue.
+    headless = parts if kernel == "backward" else parts[:-1]
     if design == "group":
-        return _group(parts, net, m, evaluations, machine, members, through_memory)
+        return _group(headless, net, m, evaluations, machine, members, through_memory)
     if design == "layers":
-        return _layers(parts, net, m, evaluations, machine, members, through_memory)
+        return _layers(headless, net, m, evaluations, machine, members, through_memory)
     if design == "narrow":
         return min(
             (_narrow(parts, net, m, evaluations, machine, members, bm, through_memory) for bm in NARROW_ROWS),
@@ -333,15 +337,30 @@ def best(
     save: bool = False,
     own_times: bool = False,
 ) -> str:
-    """Name of the cheapest of some designs.
+    """Name of the cheapest of some designs; looked up from the second time on.
 
     Raises:
         ValueError: none of them covers the network.
     """
+    return _best(net, rows, evaluations, machine, kernel, tuple(designs), members, save, own_times)
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(
+    net: Network,
+    rows: int,
+    evaluations: int,
+    machine: Machine,
+    kernel: str,
+    designs: tuple[str, ...],
+    members: int,
+    save: bool,
+    own_times: bool,
+) -> str:
     covering = [design for design in designs if why_not(design, kernel, net, machine) is None]
     if not covering:
         raise ValueError(f"none of {', '.join(designs)} covers {kernel} of this network on {machine.name}")
-    options = {"members": members, "save": save, "own_times": own_times}
+    options: dict[str, Any] = {"members": members, "save": save, "own_times": own_times}
     return min(covering, key=lambda d: predict(d, kernel, net, rows, evaluations, machine, **options).seconds)
 
 
@@ -357,7 +376,7 @@ def best_tiles(
     own_times: bool = False,
 ) -> Tiles:
     """The cheapest tiles of "rows" by the model, of some or of the plan's; `plan.choose` goes by rows alone."""
-    options = {"members": members, "save": save, "own_times": own_times}
+    options: dict[str, Any] = {"members": members, "save": save, "own_times": own_times}
     found = plan.candidates(kernel, machine.arch, net) if candidates is None else candidates
     return min(found, key=lambda t: predict("rows", kernel, net, rows, 1, machine, tiles=t, **options).seconds)
 
@@ -425,8 +444,8 @@ def _group(
     share = -(-share // GROUP_TILE) * GROUP_TILE
     busy = min(members * groups * g, machine.sms)
     total = Cost()
-    # The head is in the last layer's epilogue: everybody adds its parts up behind that layer's barrier.
-    for layer in parts[:-1]:
+    # Of the head everybody adds the parts up behind the last layer's barrier.
+    for layer in parts:
         columns = max(16, layer.outputs // g)
         loads = share * (size * layer.inputs + (layer.extra + layer.kept) // g)
         l2 = max(busy * loads / machine.l2, loads / machine.port)
@@ -466,7 +485,7 @@ def _layers(
         return _phase(tensor, l2, epilogue, machine.node + machine.refill)
 
     total = Cost()
-    for layer in parts[:-1]:  # the head is in the last layer's epilogue
+    for layer in parts:
         total += min((launch(layer, *tile) for tile in LAYER_TILES), key=lambda cost: cost.seconds)
     # Every program of the first layer computes its rows' features.
     total += _phase(0.0, 0.0, _embedding(net, 64, machine), 0.0)

@@ -311,7 +311,7 @@ def test_without_cuda_it_says_so_and_fails(run_command, tmp_path):
 
 
 def test_everything_runs_and_is_written_down(run_command, tmp_path):
-    options = ["--allow-cpu", "--small", "--minutes", "0.45", "--tests", "tests/test_atomic.py"]
+    options = ["--allow-cpu", "--small", "--minutes", "0.6", "--tests", "tests/test_atomic.py"]
     done = run_command("benchmarks.gpu", *options, "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
