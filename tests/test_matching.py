@@ -41,7 +41,9 @@ def test_loss_and_every_gradient_match_reference(name, precision, device):
 @pytest.mark.parametrize("batch", [1, 3, 127, 129])
 def test_any_number_of_rows(batch, device):
     spec = SPECS["scalar-identity"]
-    compare_loss(random_field(spec, device), random_inputs(spec, batch, None, device), "fp32", draws=3)
+    # Few numbers are exact by luck now and then: more draws of them.
+    draws = 12 if batch < 10 else 3
+    compare_loss(random_field(spec, device), random_inputs(spec, batch, None, device), "fp32", draws=draws)
 
 
 def test_cond_per_member(device):
