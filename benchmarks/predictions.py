@@ -42,8 +42,11 @@ FORMAT = 1
 HEAD = "PREDICTIONS, NOT MEASUREMENTS: a model of the machine, nothing has run"
 
 
-def kernels_us(case: Case, machine: Machine, precision: str, designs: Sequence[str]) -> tuple[float, dict[str, str]]:
-    """(microseconds of a case's launches and weight gradients, each by the cheapest of some designs; which).
+def kernels_us(
+    case: Case, machine: Machine, precision: str, designs: Sequence[str] | None = None
+) -> tuple[float, dict[str, str]]:
+    """(microseconds of a case's launches and weight gradients, each by the cheapest of some designs, or without any by
+    the one that runs; which).
 
     Raises:
         ValueError: none of the designs covers the case.
@@ -54,11 +57,15 @@ def kernels_us(case: Case, machine: Machine, precision: str, designs: Sequence[s
     stored = plan.stores(net, members, case.rows, evaluations)
     options: dict[str, Any] = {"members": members, "own_times": case.end_times or case.kind != "integrate"}
     save = bool(case.gradient) and stored
-    chosen = {forward: roofline.best(net, rows, evaluations, machine, forward, designs=designs, save=save, **options)}
+    if designs is None:
+        chosen = {forward: roofline.built(net, rows, machine, forward, save=save, **options)}
+    else:
+        names = {"designs": designs, "save": save, **options}
+        chosen = {forward: roofline.best(net, rows, evaluations, machine, forward, **names)}
     cost = roofline.predict(chosen[forward], forward, net, rows, evaluations, machine, save=save, **options)
     if case.gradient:
         # What only covers the way there goes back by what exists.
-        covering = [d for d in designs if roofline.why_not(d, "backward", net, machine) is None] or roofline.BUILT
+        covering = [d for d in designs or () if roofline.why_not(d, "backward", net, machine) is None] or ["rows"]
         back = roofline.best(net, rows, evaluations, machine, "backward", designs=covering, **options)
         chosen["backward"] = back
         cost += roofline.predict(back, "backward", net, rows, evaluations, machine, **options)
@@ -89,7 +96,7 @@ def of_case(case: Case, machine: Machine, precision: str, launched: int) -> dict
             continue
     own = 1 + bool(case.gradient)
     around = 1e6 * roofline.around(max(launched - own, 0), machine)
-    built, built_by = kernels_us(case, machine, precision, roofline.BUILT)
+    built, built_by = kernels_us(case, machine, precision)
     chosen, chosen_by = kernels_us(case, machine, precision, roofline.DESIGNS)
     return {
         "title": case.title,
@@ -111,7 +118,7 @@ def of_update(case: UpdateCase | Td2UpdateCase, machine: Machine, precision: str
     around = 1e6 * roofline.around(launched, machine) + 1e6 * plain / machine.tf32
     built, chosen = (
         sum(kernels_us(operator, machine, precision, designs)[0] for operator in case.operators)
-        for designs in (roofline.BUILT, roofline.DESIGNS)
+        for designs in (None, roofline.DESIGNS)
     )
     return {
         "title": case.title,
@@ -190,11 +197,10 @@ def markdown(report: Mapping[str, Any]) -> str:
         cells += [_us(row["floor_us"]), row["goal"] or "-", f"{_us(row['around_us'])}, {row['launches']}"]
         cells += [_us(row.get("kernels_us", {}).get(design)) or "-" for design in designs]
         lines.append("| " + " | ".join(cells) + " |")
-    built = ", ".join(report["built"])
     lines += [
         "",
         f"One call in a CUDA graph, products in {report['precision']}, by the model in `kernels/roofline.py`.",
-        f"Built today: by the designs that kernels exist of ({built}); cheapest: by the best of all; in brackets how",
+        "Built today: by the design that runs; cheapest: by the best of all; in brackets how",
         "many times the floor, which is FLOPs and bytes at the machine's assumed rates. Around: what surrounds the",
         "kernels, with the number of launches, counted without running them. By a design: its kernels alone, gradients",
         "of weights included. Over K: a step, and what is fixed. The goals are those that name no rival.",
@@ -286,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     assumed = json.loads(json.dumps({name: value for name, value in vars(machine).items() if name != "name"}))
     report = {"format": FORMAT, "kind": "predictions", "note": HEAD, "machine": machine.name, "precision": "bf16"}
-    report |= {"built": list(roofline.BUILT), "assumed": assumed, "cases": cases}
+    report |= {"assumed": assumed, "cases": cases}
     from fastflow.atomic import atomic_write
 
     given.output.mkdir(parents=True, exist_ok=True)

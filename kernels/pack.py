@@ -303,7 +303,7 @@ def net_shape(net: plan.Network, shared_times: bool, tiles: plan.Tiles) -> Shape
         COND=net.cond_dim > 0,
         TABLE=shared_times,
         TIME=net.time_embedding,
-        EMBED=_embedding(net),
+        EMBED="hl_gauss_smooth" if net.smooth else net.state_embedding,
         PREDICTION=net.prediction,
         ACT=net.activation,
         NORM=net.norm,
@@ -315,12 +315,6 @@ def net_shape(net: plan.Network, shared_times: bool, tiles: plan.Tiles) -> Shape
         BN=tiles.columns,
         STAGES=tiles.num_stages,
     )
-
-
-def _embedding(net: plan.Network) -> str:
-    """hl_gauss_smooth where its error, at most 1e-4 of the largest feature, is below the rounding of bfloat16."""
-    smooth = net.state_embedding == "hl_gauss" and net.precision == "bf16" and net.sigma >= 2.0
-    return "hl_gauss_smooth" if smooth else net.state_embedding
 
 
 def options(tiles: plan.Tiles) -> dict[str, Any]:

@@ -129,6 +129,12 @@ class Network:
         return _padded(self.time_features)
 
     @property
+    def smooth(self) -> bool:
+        """Whether hl_gauss is computed from densities: their error, at most 1e-4 of the largest feature, is below the
+        rounding of bfloat16."""
+        return self.state_embedding == "hl_gauss" and self.precision == "bf16" and self.sigma >= 2.0
+
+    @property
     def std(self) -> float:
         """Standard deviation of hl_gauss in units of the state."""
         return self.sigma * (self.high - self.low) / self.state_features
@@ -349,10 +355,11 @@ class Groups:
     meets: bool = True  # one launch whose programs meet behind each layer; else a launch per layer
 
 
-# Tiles of groups, the most rows first, and how many rows a group takes at most: behind that, programs that stream all
-# weights are as fast (docs/kernels.md).
+# Tiles of groups, the most rows first.
 GROUP_TILES = (Tiles(32, 64, 8, 1), Tiles(16, 64, 4, 1), Tiles(16, 32, 4, 1))
-GROUP_ROWS = 128
+# Width up to which: how many rows a group takes at most. Behind that programs that stream all weights should be as fast,
+# by kernels/roofline.py, to which tests hold these numbers.
+GROUP_ROWS = {256: 16, MAX_WIDTH: 128}
 GROUP_WIDTH = 256
 
 
@@ -378,10 +385,11 @@ def groups(arch: int, sms: int, net: Network, members: int, rows: int) -> Groups
 
     Every program has a multiprocessor to itself, and all run at once.
     """
+    most = next((most for width, most in GROUP_ROWS.items() if net.padded[0] <= width), 0)
     for tiles in group_tiles(arch, net):
         count = sms // (members * (net.padded[0] // tiles.columns))
         each = -(-rows // count) if count else 0
-        if each > GROUP_ROWS:
+        if each > most:
             return None
         if each > 16 or (each and tiles.rows == 16):
             return Groups(tiles, min(count, -(-rows // tiles.rows)))
@@ -390,7 +398,7 @@ def groups(arch: int, sms: int, net: Network, members: int, rows: int) -> Groups
 
 # Bytes of stack per thread that an entry may take, forward and backward; docs/kernels.md shows what each takes. The
 # unrolled layers of a U-Net inside the loop over steps are more than registers hold.
-SPILL_BYTES = {"fold": (128, 512), "norm": (320, 320), "film": (768, 1536)}
+SPILL_BYTES = {"fold": (128, 640), "norm": (320, 448), "film": (768, 1536)}
 
 
 def spill_bytes(kernel: str, arch: int, net: Network) -> int:

@@ -13,7 +13,8 @@ then its epilogue (bias, activation,
 statistics, rounding), then what it waits for: nothing hides the epilogue or the wait, unless several programs are on a
 multiprocessor, in which case their waits overlap. `predict` adds all up, `best` names the cheapest design.
 
-What is prepared and added up around a launch is not in here: see `around` and `weight_gradients`.
+What is prepared and added up around a launch is not in here: see `around` and `weight_gradients`. `built` names the
+design that runs.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ from . import plan
 from .plan import Network, Tiles
 
 DESIGNS = ("rows", "group", "layers", "narrow")
-# Those that kernels exist of.
-BUILT = ("rows",)
 
 
 @dataclass(frozen=True)
@@ -119,15 +118,18 @@ LANES = 128
 # Instructions per element of an epilogue, from the assembly: an activation by the hardware's tanh 6, bias, statistics,
 # factor and rounding 14; the derivative is a little more.
 EPILOGUE, EPILOGUE_BACK = 20, 26
-# Per feature of a state embedding: erf at an edge, difference.
-EMBEDDING = {"hl_gauss": 34}
+# Per feature of a state embedding: two erfs; with bfloat16 products the density in an interval's middle.
+EMBEDDING, EMBEDDING_SMOOTH = {"hl_gauss": 64}, {"hl_gauss": 16}
 # Registers of a multiprocessor over what a thread may take.
 THREADS = 65536 // 255
 # Programs of a group; each member of an ensemble has groups of its own.
 GROUP_SIZES = (4, 8, 16, 32)
 GROUP_TILE = 16
-# 64 columns per program: a share of the rate as lab measurements of others have it for narrow products.
-GROUP_EFFICIENCY = 0.67
+# mma.sync's share of the rate; every 16 rows read all of a program's weights through shared memory, 128 bytes a cycle.
+GROUP_EFFICIENCY = 0.63
+SHARED_BYTES = 128
+# Warps that split a product's columns each compute the features of all its rows.
+GROUP_WARPS = 4
 LAYER_TILES = ((128, 128), (64, 128), (64, 64))
 NARROW_WIDTH = 64
 NARROW_ROWS = (16, 32, 64)
@@ -364,6 +366,25 @@ def _best(
     return min(covering, key=lambda d: predict(d, kernel, net, rows, evaluations, machine, **options).seconds)
 
 
+def built(
+    net: Network,
+    rows: int,
+    machine: Machine,
+    kernel: str = "integrate_fwd",
+    *,
+    members: int = 1,
+    save: bool = False,
+    own_times: bool = False,
+) -> str:
+    """Name of the design that runs: what the plan chooses, of those that kernels exist of."""
+    if kernel != "backward" and plan.narrow(net):
+        return "narrow"
+    plain = kernel == "integrate_fwd" and not (save or own_times)
+    if plain and plan.groups(machine.arch, machine.sms, net, members, -(-rows // members)):
+        return "group"
+    return "rows"
+
+
 def best_tiles(
     kernel: str,
     net: Network,
@@ -386,7 +407,8 @@ def best_tiles(
 
 def _embedding(net: Network, rows: int, machine: Machine) -> float:
     """Seconds of one multiprocessor for the state features of so many rows."""
-    return rows * net.features_padded * EMBEDDING.get(net.state_embedding, 0) / (LANES * machine.clock)
+    per_feature = EMBEDDING_SMOOTH if net.smooth else EMBEDDING
+    return rows * net.features_padded * per_feature.get(net.state_embedding, 0) / (LANES * machine.clock)
 
 
 def _memory(kept: int, rows: int, machine: Machine, through_memory: bool) -> float:
@@ -451,12 +473,11 @@ def _group(
         l2 = max(busy * loads / machine.l2, loads / machine.port)
         l2 = max(l2, _memory(layer.kept, members * m, machine, through_memory))
         tensor = 2 * share * columns * layer.inputs / (rate * GROUP_EFFICIENCY)
+        reads = share // GROUP_TILE * size * layer.inputs * columns / (SHARED_BYTES * machine.clock)
+        tensor = max(tensor, reads)
         epilogue = share * columns * layer.instructions / (LANES * machine.clock)
         total += _phase(tensor, l2, epilogue, machine.barrier + machine.refill)
-    # Everybody needs the features of all rows: computes them itself, or its part and meets the others.
-    alone = _phase(0.0, 0.0, _embedding(net, share, machine), 0.0)
-    parted = _phase(0.0, 0.0, _embedding(net, share, machine) / g, machine.barrier + machine.refill)
-    total += min(alone, parted, key=lambda cost: cost.seconds)
+    total += _phase(0.0, 0.0, GROUP_WARPS * _embedding(net, share, machine), 0.0)
     weights = size * sum(layer.inputs * layer.outputs for layer in parts) / g
     begin = _phase(0.0, max(weights / machine.port, busy * weights / machine.l2), 0.0, machine.node)
     return (total.times(evaluations) + begin).times(rounds)

@@ -47,7 +47,31 @@ def test_choice_of_other_networks():
         assert best(SAMPLER, rows, 10, H200) == "narrow"
     assert best(network(FQL_ACTOR, "bf16"), 1, 10, H200) == "group"
     assert best(NETWORKS["td-flow"], 1024, 20, H200, own_times=True) == "rows"
-    assert best(CRITIC, 512, 8, H200, designs=roofline.BUILT, members=2) == "rows"
+
+
+@pytest.mark.parametrize("machine", roofline.MACHINES.values(), ids=lambda machine: machine.name)
+@pytest.mark.parametrize("name", ["floq", "fpo", "fpo-plus", "actor", "depth2"])
+def test_what_the_plan_runs_takes_little_more_than_the_cheapest_that_there_is(name, machine):
+    others = {
+        "actor": network(FQL_ACTOR, "bf16"),
+        "depth2": network(dataclasses.replace(FLOQ, hidden=(512, 512)), "bf16"),
+    }
+    net = (NETWORKS | others)[name]
+    members = 2 if name in ("floq", "depth2") else 1
+    there = ("narrow",) if plan.narrow(net) else ("rows", "group")
+    for rows in (2**i for i in range(1, 16)):
+        runs = roofline.built(net, rows, machine, members=members)
+        cheapest = best(net, rows, 10, machine, designs=there, members=members)
+        taken, least = (seconds(d, rows, 10, net, machine, members=members) for d in (runs, cheapest))
+        assert taken <= 1.3 * least, (rows, runs, cheapest)
+
+
+def test_only_plain_walks_go_by_groups():
+    assert roofline.built(CRITIC, 512, H200, members=2) == "group"
+    assert roofline.built(CRITIC, 512, H200, members=2, save=True) == "rows"
+    assert roofline.built(CRITIC, 512, H200, "matching_fwd", members=2) == "rows"
+    assert roofline.built(SAMPLER, 512, H200, "matching_fwd") == "narrow"
+    assert roofline.built(SAMPLER, 512, H200, "backward") == "rows"
 
 
 def test_many_rows_want_tall_tiles():
