@@ -1,10 +1,12 @@
 """Kernels of fastflow, installed as `fastflow.kernels`: torch and triton only, nothing of the rest of the package.
 
 `integrate` walks, `matching` is the loss, `backward` the way back of both; each holds its kernel, then the launcher
-that allocates and launches. All three evaluate the network by the device functions of `network`, which stand on those
-of `tile` and `noise`. `fold` and `pack` bring weights and inputs into the kernels' form, `dense` multiplies rows whose
-bits must not depend on their batch. `plan` chooses tiles, `launch` tells where a launch runs; neither needs triton.
-`aot` compiles everything without a GPU. `cpu` is the native code of the CPU, which needs no triton.
+that allocates and launches. All three evaluate the network by the device functions of `network`, or of `narrow` where
+it fits a program; both stand on those of `tile` and `noise`. `group` walks few rows by several programs. `fold`, `pack`
+and `prepare` bring weights and inputs into the kernels' form, `dense` multiplies rows whose bits must not depend on
+their batch. `plan` chooses designs and tiles, `roofline` predicts what they take, `launch` tells where a launch runs;
+none of the three needs triton. `aot` compiles everything without a GPU. `cpu` is the native code of the CPU, which
+needs no triton.
 
 Letters: B batch, E ensemble, S noise samples, C cond, D flow state, F state features, T time features, H hidden, L
 hidden layers, K steps, V evaluations per step, M = B S rows of one member. A trailing P is the size padded for tiles

@@ -318,7 +318,7 @@ def candidates(kernel: str, arch: int, net: Network) -> tuple[Tiles, ...]:
     """The plan's entries for one kernel, arch and network, most rows first; none where nothing fits."""
     way = "backward" if kernel == "backward" else "forward"
     if way == "forward" and narrow(net):
-        return _narrow_entries(net)
+        return (NARROW_TILE_FP32,) if net.precision == "fp32" else NARROW_TILES
     by_width = TABLE.get((family(arch), net.kind, way, net.element_size), {})
     entries = next((entries for width, entries in by_width.items() if net.width <= width), ())
     if arch // 10 == 9 and min(net.padded) < 64:
@@ -330,6 +330,9 @@ def candidates(kernel: str, arch: int, net: Network) -> tuple[Tiles, ...]:
 # Layers up to this width, with weights of so many bytes, stay in registers and shared memory (kernels/narrow.py).
 NARROW_WIDTH = 64
 NARROW_BYTES = 48 * 1024
+NARROW_TILES = (Tiles(32, NARROW_WIDTH, 4, 1), Tiles(16, NARROW_WIDTH, 2, 1))
+# Products of float32 keep their operands in registers.
+NARROW_TILE_FP32 = Tiles(16, NARROW_WIDTH, 4, 1)
 
 
 def narrow(net: Network) -> bool:
@@ -338,12 +341,6 @@ def narrow(net: Network) -> bool:
     ends = (net.features_padded + net.time_padded) * hp[0] + hp[-1] * net.state_padded
     hidden = sum(k * h for k, h in zip(net.inputs_padded, hp, strict=True))
     return net.fold and max(hp) <= NARROW_WIDTH and (ends + hidden) * size <= NARROW_BYTES
-
-
-def _narrow_entries(net: Network) -> tuple[Tiles, ...]:
-    # Products of float32 keep their operands in registers.
-    warps = ((16, 4),) if net.precision == "fp32" else ((32, 4), (16, 2))
-    return tuple(Tiles(rows, NARROW_WIDTH, n, 1) for rows, n in warps)
 
 
 @dataclass(frozen=True)
@@ -357,10 +354,11 @@ class Groups:
 
 # Tiles of groups, the most rows first.
 GROUP_TILES = (Tiles(32, 64, 8, 1), Tiles(16, 64, 4, 1), Tiles(16, 32, 4, 1))
-# Width up to which: how many rows a group takes at most. Behind that programs that stream all weights should be as fast,
-# by kernels/roofline.py, to which tests hold these numbers.
+# Width up to which: how many rows a group takes at most. Behind that programs that stream all weights should be as
+# fast, by kernels/roofline.py, to which tests hold these numbers.
 GROUP_ROWS = {256: 16, MAX_WIDTH: 128}
 GROUP_WIDTH = 256
+GROUP_ARCHES = (80, 90, 100)
 
 
 def group_bytes(net: Network, tiles: Tiles) -> int:
@@ -373,7 +371,7 @@ def group_bytes(net: Network, tiles: Tiles) -> int:
 
 def group_tiles(arch: int, net: Network) -> tuple[Tiles, ...]:
     """Tiles of groups that fit a network on an arch, the first choice first."""
-    if arch == GFX942 or family(arch) not in (80, 90, 100) or net.precision != "bf16":
+    if family(arch) not in GROUP_ARCHES or net.precision != "bf16":
         return ()
     if not (net.fold and net.roll and net.layers > 1 and net.padded[0] >= GROUP_WIDTH):
         return ()
@@ -513,6 +511,11 @@ def describe(arch: int | None) -> str:
         f"{name_of(arch)}: tiles of {name_of(chosen)}, {SHARED_MEMORY[chosen]:,} bytes of shared memory per program",
         "  rows x columns x warps x stages of every entry, forward | backward, for products up to so wide",
     ]
+    entries = " ".join("x".join(map(str, astuple(t))) for t in (*NARROW_TILES, NARROW_TILE_FP32))
+    lines.append(f"  walk and loss of layers up to {NARROW_WIDTH} wide that fit {NARROW_BYTES:,} bytes: {entries}")
+    if chosen in GROUP_ARCHES:
+        entries = " ".join("x".join(map(str, astuple(t))) for t in GROUP_TILES)
+        lines.append(f"  walks of few rows by groups of programs, bf16 products, from {GROUP_WIDTH} wide: {entries}")
     missing: dict[str, list[str]] = {}
     for kind, what in KINDS.items():
         lines.append(f"  {what}")

@@ -316,6 +316,59 @@ def test_the_embedding_is_computed_once_per_row_and_feature(triton):
     assert unfolded["opcodes"]["FFMA"] < 2 * folded["opcodes"]["FFMA"]
 
 
+COUNT = """
+import dataclasses, json, pathlib, re, subprocess, sys, tempfile
+sys.path.insert(0, "tests")
+import epilogue_kernels as kernels
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastflow.kernels import aot, pack, plan
+tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+for name, changes in json.load(sys.stdin):
+    net, kernel = dataclasses.replace(aot.FLOQ, **changes), getattr(kernels, name)
+    arithmetic = "fast" if net.precision == "bf16" else "exact"
+    shape = pack.net_shape(net, True, plan.Tiles(64, 64, 4, 1))._replace(ARITH=arithmetic)
+    signature = {n: "*fp32" if n.endswith("_ptr") else "fp32" for n in kernel.arg_names} | {"NET": "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1)}
+    source = ASTSource(fn=kernel, signature=signature, constexprs={"NET": shape}, attrs=aligned)
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^\\s*/\\*[0-9a-f]{4,}\\*/\\s+(?:@!?U?P\\w+ )?(?!NOP)[A-Z0-9_]+", sass, re.M)
+    print(len(found) / 32)
+"""
+# Per element, with its load and store; "bf16" is what counts, as its products leave least time.
+EPILOGUES = {
+    ("activate_kernel", "gelu_tanh", "bf16"): 8,
+    ("activate_kernel", "silu", "bf16"): 6,
+    ("activate_kernel", "elu", "bf16"): 10,
+    ("activate_kernel", "relu", "bf16"): 3,
+    ("activate_kernel", "gelu_tanh", "tf32"): 18,
+    ("activate_grad_kernel", "gelu_tanh", "bf16"): 14,
+    ("activate_grad_kernel", "silu", "bf16"): 9,
+    ("embed_kernel", "gelu_tanh", "bf16"): 32,
+}
+
+
+@ahead_of_time
+@pytest.mark.parametrize("triton", TRITONS, ids=IDS)
+def test_epilogues_take_few_instructions(triton):
+    asked = [(kernel, {"activation": act, "precision": precision}) for kernel, act, precision in EPILOGUES]
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    if triton:
+        env["PYTHONPATH"] = triton
+    run = subprocess.run(
+        [sys.executable, "-c", COUNT], env=env, input=json.dumps(asked), capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = dict(zip(EPILOGUES, map(float, run.stdout.split()), strict=True))
+    assert all(n <= EPILOGUES[which] for which, n in found.items()), found
+
+
 def test_no_block_pointers_or_descriptors():
     for path in (ROOT / "kernels").glob("*.py"):
         assert not re.search(r"make_block_ptr|make_tensor_descriptor|tl\.advance", path.read_text("utf-8")), path.name
