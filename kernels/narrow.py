@@ -112,8 +112,9 @@ def narrow_layer(b_acc, pre_ptr, stats_ptr, n_e, R_P, r_p, eps, l: tl.constexpr,
 @triton.jit
 def narrow_cond(p_c, o_c, NET: tl.constexpr):
     """cond's share of the first layer, rows o_c, float32 [BM, HP[0]]; zeros that nobody reads without cond."""
+    BM: tl.constexpr = NET.BM
     HP: tl.constexpr = NET.HP[0]
     if NET.COND:
         return tl.load(p_c + o_c[:, None].to(tl.int64) * HP + tl.arange(0, HP)[None, :]).to(tl.float32)
     else:
-        return tl.zeros([NET.BM, HP], tl.float32)
+        return tl.zeros([BM, HP], tl.float32)

@@ -48,6 +48,7 @@ def compile_only(self, *args, grid, warmup, **options):
     compiled = run(self, *args, grid=grid, warmup=True, **options)
     assert compiled.metadata.shared <= 232_448, (self.fn.__name__, compiled.metadata.shared)
     assert getattr(compiled.metadata, "enable_fp_fusion", True) or "fold" in self.fn.__name__
+    assert compiled.metadata.launch_cooperative_grid == (self.fn.__name__ == "walk_group_kernel")
     found[self.fn.__name__].add(compiled.hash)
 
 jit.JITFunction.run = compile_only
@@ -67,7 +68,7 @@ specs = [
     ff.FieldSpec(4, 6, (32, 32), None, "mish", architecture=ff.FiLMUNet((20, 12)), time_embedding=ff.Sinusoidal(8,
     (12,))), ff.FieldSpec(3, 0, (32, 16), None, "elu", "layer", time_embedding=ff.PowerFourier(4),
     prediction="endpoint"), ff.FieldSpec(2, 4, (32,) * 3, None, "silu", "layer", norm_first=True,
-    architecture=ff.ResidualMLP(2)),
+    architecture=ff.ResidualMLP(2)), ff.FieldSpec(1, 5, (256, 256), 2, norm="layer", time_embedding=ff.Cosine()),
 ]
 spec, precision = specs[int(sys.argv[1])], sys.argv[2]
 members, none = spec.ensemble or 1, torch.empty(0)
@@ -82,6 +83,7 @@ for batch in (1, 5, 16, 77):
         for times in ((None, None), (t, t)):
             kept = fused.walk(x, cond, parameters, *times, None, *walk, True, False)
             fused.walk_bwd(x, None, cond, parameters, *times, list(kept[1:]), *walk, False, [True, True, True, False])
+        fused.walk(x, cond, parameters, None, None, None, spec, steps, 0.0, 1.0, "euler", precision, False, False)
     for start, rows_t, keys in ((x, t, (None, None)), (none, none, (torch.tensor(3), torch.arange(batch)))):
         loss = (cond, parameters, *keys, spec, precision, True, 0.0)
         kept = fused.loss(start, x, rows_t, *loss, True, True)
@@ -94,8 +96,8 @@ print(json.dumps({"triton": triton.__version__, "counts": counts}))
 @pytest.mark.parametrize("triton", TRITONS, ids=IDS)
 @pytest.mark.parametrize(
     ("spec", "precision"),
-    [(0, "bf16"), (0, "tf32"), (1, "bf16"), (2, "bf16"), (3, "bf16")],
-    ids=["floq", "floq-tf32", "td-flow", "uneven", "residual"],
+    [(0, "bf16"), (0, "tf32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (4, "bf16")],
+    ids=["floq", "floq-tf32", "td-flow", "uneven", "residual", "few rows"],
 )
 def test_launches_compile_once_for_any_number_of_rows_and_steps(spec, precision, triton):
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
@@ -110,5 +112,6 @@ def test_launches_compile_once_for_any_number_of_rows_and_steps(spec, precision,
         assert first[name] >= 2, name
         # More rows may choose larger tiles: never more kernels than that.
         assert later[-1][name] <= 3 * first[name], (name, found["counts"])
+    assert later[-1].get("walk_group_kernel", 0) == (spec == 4)
     # From 1 row on, rows and steps alone compile nothing while the tiles stay: 1 and 5 rows have the same.
     assert later[0] == first
