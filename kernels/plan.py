@@ -357,8 +357,8 @@ class Groups:
 
 # Tiles of groups, the most rows first.
 GROUP_TILES = (Tiles(32, 64, 8, 1), Tiles(16, 64, 4, 1), Tiles(16, 32, 4, 1))
-# Width up to which: how many rows a group takes at most. Behind that programs that stream all weights should be as fast,
-# by kernels/roofline.py, to which tests hold these numbers.
+# Width up to which: how many rows a group takes at most. Behind that programs that stream all weights should be as
+# fast, by kernels/roofline.py, to which tests hold these numbers.
 GROUP_ROWS = {256: 16, MAX_WIDTH: 128}
 GROUP_WIDTH = 256
 
