@@ -585,9 +585,9 @@ def _loss_times(t: Tensor, seed: Tensor | None, ids: Tensor | None, samples: int
     if t.numel() == 0 and seed is not None and ids is not None:
         if not _given(spec):
             return t.new_zeros((1, 1, 1), dtype=torch.float32)  # drawn and embedded by the kernel
-        from fastflow.philox import PhiloxNoise
+        from fastflow.kernels.draw import draw_times
 
-        t = PhiloxNoise(seed, ids, samples).t().unsqueeze(0).expand(spec.ensemble or 1, -1, -1)
+        t = draw_times(seed, ids, samples).unsqueeze(0).expand(spec.ensemble or 1, -1, -1)
     return t.float().flatten(1).unsqueeze(0)
 
 
@@ -628,9 +628,10 @@ def loss_bwd(
     error, point, *activations = saved
     e, batch, s, d = error.shape
     if t.numel() == 0 and seed is not None and ids is not None:
-        from fastflow.philox import PhiloxNoise
+        from fastflow.kernels.draw import draw_times
 
-        t = PhiloxNoise(seed, ids, s).t().unsqueeze(0).expand(e, -1, -1)
+        with torch.cuda.device_of(error):
+            t = draw_times(seed, ids, s).unsqueeze(0).expand(e, -1, -1)
     t = t.float()
     call = _Call(spec, cond, parameters, precision, lambda: t.flatten(1).unsqueeze(0), shared=False)
     net = call.net

@@ -345,7 +345,7 @@ from triton.compiler import ASTSource
 import fastflow as ff
 from fastflow import ops
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32", float: "fp32"}
 launched = {}
 
 def kind(x):
@@ -368,7 +368,8 @@ for spec, dtype, precision in (
     field, x = ff.VelocityField(spec).to(dtype), torch.zeros(8, spec.state_dim, dtype=dtype)
     cond = torch.zeros(8, spec.cond_dim, dtype=dtype, requires_grad=True) if spec.cond_dim else None
     options = dict(backend="fused", precision=precision)
-    ff.flow_matching_loss(field, x, x, x[:, 0], cond, **options).backward()
+    noise = ff.PhiloxNoise(torch.tensor(1), torch.arange(8), 2)
+    ff.flow_matching_loss(field, noise, x, None, cond, **options).backward()
     ff.integrate(field, x, cond, num_steps=3, **options).sum().backward()
 for (name, _), (kernel, given) in launched.items():
     if name in ("integrate_fwd_kernel", "matching_fwd_kernel", "backward_kernel"):
@@ -391,5 +392,5 @@ def test_what_surrounds_the_kernels_compiles(triton, tmp_path):
     env |= {"TRITON_CACHE_DIR": str(tmp_path)} | ({"PYTHONPATH": triton} if triton else {})
     run = subprocess.run([sys.executable, "-c", AROUND], env=env, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
-    names = ("fold_network", "prepare", "cond_operands", "unfold_network")
+    names = ("fold_network", "prepare", "cond_operands", "unfold_network", "draw_times")
     assert set(run.stdout.split()) == {f"{name}_kernel" for name in names}
