@@ -1,8 +1,9 @@
 """The fused side of the operators: what does not depend on the flow state is prepared here, in plain PyTorch where
 `kernels.prepare` does not cover it, the rest is the kernels'.
 
-Gradients come back the same way: kernels give those of what was prepared and of the weights they multiply with, and
-`torch.func.vjp` takes the former further to cond, encoders, time embeddings and first layers.
+Gradients come back the same way: kernels give those of what was prepared and of the weights they multiply with. Further
+to cond and first layers it is a few launches where `kernels.prepare` covers the network, else `torch.func.vjp`, which
+goes through encoders and time embeddings too.
 """
 
 from __future__ import annotations
@@ -230,21 +231,65 @@ class _Call:
     def weights(self) -> list[Weights]:
         return [_weights(self.spec, ps, self.shared) for ps in self.fields]
 
+    @functools.cached_property
+    def direct(self) -> bool:
+        """Whether gradients come back by launches of their own all the way."""
+        from fastflow.kernels import prepare
+
+        return self.net.fold and prepare.covers(self.net)
+
     def joined_weights(self) -> Weights:
         """Those of all fields, their members one behind the other."""
-
         if len(self.fields) == 1:
             return self.weights()[0]
         together = [torch.cat(ps) for ps in zip(*self.fields, strict=True)]
         return _weights(self.spec, together, self.shared)
 
+    def given_weights(self) -> Weights | None:
+        """Those that the way back multiplies outside the kernel: of time features from outside."""
+        return self.joined_weights() if _given(self.spec) and not self.shared else None
+
     def gradients(self, found: Gradients, needs_cond: bool, needs_weights: bool) -> tuple[Tensor | None, list[Tensor]]:
         """(d_cond or None, gradients of all parameters or []) from what the kernels found."""
+        if not needs_cond and not needs_weights:
+            return None, []
+        return (self._launched if self.direct else self._pulled)(found, needs_cond, needs_weights)
+
+    def _launched(self, found: Gradients, needs_cond: bool, needs_weights: bool) -> tuple[Tensor | None, list[Tensor]]:
+        from fastflow.kernels.prepare import prepare_bwd
+        from fastflow.kernels.unfold import unfold_network
+
+        parts = [self.spec.parts(ps) for ps in self.fields]
+        d_cond = by_cond = None
+        if found.cond is not None:
+            firsts = [part.layers[0][0] for part in parts]
+            d_cond, by_cond = prepare_bwd(found.cond, self.cond, firsts, needs_cond, needs_weights, self.net)
+        elif needs_cond:
+            d_cond = torch.zeros_like(self.cond)
+        results: list[Tensor] = []
+        ends, num_steps, method = self.walk
+        for i, part in enumerate(parts if needs_weights else []):
+            assert found.sums is not None
+            grads = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in self.given[i]]
+            into = self.spec.parts(_members(grads))
+            times = ends if self.shared else None
+            own = (part.layers, part.norms, (into.layers, into.norms), i * self.width, times, num_steps, method)
+            unfold_network(found.sums, by_cond, *own, self.net)
+            results += grads
+        return d_cond, results
+
+    def _pulled(self, found: Gradients, needs_cond: bool, needs_weights: bool) -> tuple[Tensor | None, list[Tensor]]:
+        from fastflow.kernels.backward import weight_gradients
+
         d_cond: list[Tensor] = []
         d_parameters: list[Tensor] = []
-        upstream = {"cond": found.cond, "film": found.film}
+        by_cond, first, weights = found.cond_rows(), self.net.hidden[0], None
+        upstream = {"cond": None if by_cond is None else by_cond[..., :first], "film": found.film}
         if needs_weights:
-            upstream |= {"time": found.time, "features": found.features, "film_time": found.film_time}
+            assert found.sums is not None
+            weights = weight_gradients(found.sums, self.joined_weights(), self.net)
+            upstream |= {"time": found.sums.table[..., :first], "features": found.features}
+            upstream |= {"film_time": found.film_time}
         for i, ps in enumerate(self.fields):
             prepare, given = self._preparation(i), self._share(i, self.cond)
             if not needs_weights:
@@ -263,8 +308,8 @@ class _Call:
                     cotangents[name] = grad.to(value.dtype)
                 grads = pull(cotangents)
             d_cond.append(grads[0])
-            if found.weights is not None:
-                own = self._add(list(grads[1:]), found.weights, i)
+            if weights is not None:
+                own = self._add(list(grads[1:]), weights, i)
                 d_parameters += [g.reshape(p.shape).to(p.dtype) for g, p in zip(own, self.given[i], strict=True)]
         if not needs_cond:
             return None, d_parameters
@@ -466,7 +511,7 @@ def walk_bwd(
             ends,
             call.prepare(),
             pack.pack(call.weights(), net),
-            call.joined_weights(),
+            call.given_weights(),
             _saved(path, e, b * s, evaluations, net, activations) if store else None,
             (e, b, s, d),
             num_steps,
@@ -476,17 +521,17 @@ def walk_bwd(
             needs_noise,
             net,
         )
-        d_cond: Tensor | None = None
-        d_parameters: list[Tensor] = []
-        if needs_cond or needs_weights:
-            d_cond, d_parameters = call.gradients(found, needs_cond, needs_weights)
+        d_cond, d_parameters = call.gradients(found, needs_cond, needs_weights)
     dtype = parameters[0].dtype
-    none = like.new_empty(0, dtype=dtype)
+
+    def none() -> Tensor:
+        return like.new_empty(0, dtype=dtype)
+
     return [
-        found.x.to(dtype) if needs_x else none,
-        d_cond.to(cond.dtype) if d_cond is not None else none.clone(),
-        found.step_noise.to(dtype) if found.step_noise is not None else none.clone(),
-        *(d_parameters if needs_weights else [none.clone() for _ in parameters]),
+        found.x.to(dtype) if needs_x else none(),
+        d_cond.to(cond.dtype) if d_cond is not None else none(),
+        found.step_noise.to(dtype) if found.step_noise is not None else none(),
+        *(d_parameters if needs_weights else [none() for _ in parameters]),
     ]
 
 
@@ -540,9 +585,9 @@ def _loss_times(t: Tensor, seed: Tensor | None, ids: Tensor | None, samples: int
     if t.numel() == 0 and seed is not None and ids is not None:
         if not _given(spec):
             return t.new_zeros((1, 1, 1), dtype=torch.float32)  # drawn and embedded by the kernel
-        from fastflow.philox import PhiloxNoise
+        from fastflow.kernels.draw import draw_times
 
-        t = PhiloxNoise(seed, ids, samples).t().unsqueeze(0).expand(spec.ensemble or 1, -1, -1)
+        t = draw_times(seed, ids, samples).unsqueeze(0).expand(spec.ensemble or 1, -1, -1)
     return t.float().flatten(1).unsqueeze(0)
 
 
@@ -583,13 +628,14 @@ def loss_bwd(
     error, point, *activations = saved
     e, batch, s, d = error.shape
     if t.numel() == 0 and seed is not None and ids is not None:
-        from fastflow.philox import PhiloxNoise
+        from fastflow.kernels.draw import draw_times
 
-        t = PhiloxNoise(seed, ids, s).t().unsqueeze(0).expand(e, -1, -1)
+        with torch.cuda.device_of(error):
+            t = draw_times(seed, ids, s).unsqueeze(0).expand(e, -1, -1)
     t = t.float()
     call = _Call(spec, cond, parameters, precision, lambda: t.flatten(1).unsqueeze(0), shared=False)
     net = call.net
-    prepared, packed, weights = call.prepare(), pack.pack(call.weights(), net), call.joined_weights()
+    prepared, packed, weights = call.prepare(), pack.pack(call.weights(), net), call.given_weights()
     stored = activations[0].numel() > 0
     found = None
     with torch.cuda.device_of(error):
@@ -597,14 +643,14 @@ def loss_bwd(
         part = batch if stored else plan.loss_part(net, e, batch, s)
         for low in range(0, batch, part):
             rows = slice(low, min(low + part, batch))
-            size = rows.stop - rows.start
+            size, times = rows.stop - rows.start, t[:, rows].contiguous()
             some = backward.backward(
                 grad[:, rows],
                 None,
                 point[:, rows].contiguous(),
                 point,
                 error[:, rows].contiguous(),
-                (t[:, rows], t[:, rows]),
+                (times, times),
                 prepared.rows(rows, s),
                 packed,
                 weights,
@@ -619,22 +665,24 @@ def loss_bwd(
             )
             found = some if found is None else found.joined(some)
     assert found is not None
-    d_cond: Tensor | None = None
-    d_parameters: list[Tensor] = []
-    if needs_cond or needs_weights:
-        d_cond, d_parameters = call.gradients(found, needs_cond, needs_weights)
+    d_cond, d_parameters = call.gradients(found, needs_cond, needs_weights)
     dtype = parameters[0].dtype
-    none = error.new_empty(0, dtype=dtype)
-    d_a = d_b = none
+
+    def none() -> Tensor:
+        return error.new_empty(0, dtype=dtype)
+
+    d_a = d_b = None
     if needs_a or needs_b:
-        d_error = error * (grad.float() * (2 / d)).unsqueeze(-1)
         keep, at = 1 - sigma_min, t.unsqueeze(-1)
         # The target is b - keep a, or b itself.
-        d_a = (1 - keep * at) * found.x + keep * d_error if interpolate else found.x
-        d_b = at * found.x - d_error if interpolate else -d_error
+        d_error = error * (grad.float() * (2 / d)).unsqueeze(-1) if interpolate or needs_b else error
+        if needs_a:
+            d_a = (1 - keep * at) * found.x + keep * d_error if interpolate else found.x
+        if needs_b:
+            d_b = at * found.x - d_error if interpolate else -d_error
     return [
-        d_a.to(dtype) if needs_a else none,
-        d_b.to(dtype) if needs_b else none.clone(),
-        d_cond.to(cond.dtype) if d_cond is not None else none.clone(),
-        *(d_parameters if needs_weights else [none.clone() for _ in parameters]),
+        d_a.to(dtype) if d_a is not None else none(),
+        d_b.to(dtype) if d_b is not None else none(),
+        d_cond.to(cond.dtype) if d_cond is not None else none(),
+        *(d_parameters if needs_weights else [none() for _ in parameters]),
     ]

@@ -191,7 +191,8 @@ def _owned(outputs: Sequence[Tensor], *inputs: Tensor | None) -> list[Tensor]:
     seen = {x.untyped_storage().data_ptr() for x in inputs if x is not None}
     owned = []
     for x in outputs:
-        if not x.is_contiguous() or x.untyped_storage().data_ptr() in seen:
+        # What has no elements has no memory to share.
+        if x.numel() and (not x.is_contiguous() or x.untyped_storage().data_ptr() in seen):
             x = x.clone(memory_format=torch.contiguous_format)
         seen.add(x.untyped_storage().data_ptr())
         owned.append(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -11,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
-from .fold import unfold
 from .integrate import stage_time, time_features
-from .launch import exact_products, target
+from .launch import batched_product, exact_products, target
 from .network import network_bwd, network_fwd
 from .pack import (
     Packed,
@@ -29,6 +27,7 @@ from .pack import (
     unpad_layers,
 )
 from .tile import cast, embed_state, embed_state_grad, read_velocity_grad
+from .unfold import Sums, unfolded
 
 
 @triton.jit(
@@ -234,12 +233,11 @@ class Gradients:
 
     x: Tensor  # [E, B, S, D] of the walk's start, or of x_t
     step_noise: Tensor | None = None  # [K, E, B, S, D]
-    cond: Tensor | None = None  # [E, B, H[0]] of cond's share of the first layer
+    cond: Tensor | None = None  # [E, B S, HP[0]] of cond's share of the first layer; joined ones [E, B, HP[0]]
     film: Tensor | None = None  # [E, B, sum 2 H] of cond's share of FiLM
-    time: Tensor | None = None  # [E, N, H[0]] of Prepared.time
     features: Tensor | None = None  # [N, E, B S, T] of Prepared.features
     film_time: Tensor | None = None  # [E, N, sum 2 H] of Prepared.film_time
-    weights: Weights | None = None  # of every weight; the first layer's is in `state`, its bias in `time` above
+    sums: Sums | None = None  # what reduces over rows
 
     def joined(self, other: Gradients) -> Gradients:
         """Those of a loss whose rows came in two parts."""
@@ -247,20 +245,19 @@ class Gradients:
         def side_by_side(x: Tensor | None, y: Tensor | None, axis: int = 1) -> Tensor | None:
             return None if x is None or y is None else torch.cat([x, y], dim=axis)
 
-        def added(x: Any, y: Any) -> Any:
-            if isinstance(x, (list, tuple)):
-                both = [added(i, j) for i, j in zip(x, y, strict=True)]
-                return Weights(*both) if isinstance(x, Weights) else type(x)(both)
-            return None if x is None else x + y
-
         return Gradients(
             torch.cat([self.x, other.x], dim=1),
-            cond=side_by_side(self.cond, other.cond),
+            cond=side_by_side(self.cond_rows(), other.cond_rows()),
             film=side_by_side(self.film, other.film),
-            time=added(self.time, other.time),
             features=side_by_side(self.features, other.features, 2),
-            weights=added(self.weights, other.weights),
+            sums=None if self.sums is None or other.sums is None else self.sums.plus(other.sums),
         )
+
+    def cond_rows(self) -> Tensor | None:
+        """`cond` summed over samples, [E, B, HP[0]]."""
+        if self.cond is None or self.cond.shape[1] == self.x.shape[1]:
+            return self.cond
+        return self.cond.unflatten(1, (self.x.shape[1], -1)).sum(2)
 
 
 def backward(
@@ -272,7 +269,7 @@ def backward(
     times: tuple[Tensor, Tensor] | tuple[float, float],
     inputs: Prepared,
     packed: Packed,
-    weights: Weights,
+    weights: Weights | None,
     saved: Saved | None,
     shape: tuple[int, int, int, int],
     num_steps: int,
@@ -286,7 +283,7 @@ def backward(
 
     `saved` holds the activations of every evaluation; None computes them again. With `needs_weights` activations and
     their gradients are written out for the weight gradients' products, in parts of as many evaluations as
-    `plan.STORE_BYTES` allows.
+    `plan.STORE_BYTES` allows. `weights` are those of time features which come from outside, where they do.
     """
     e, b, s, d = shape
     m, mp = b * s, plan.padded_rows(b * s)
@@ -299,7 +296,8 @@ def backward(
         return grad.new_empty(sizes, dtype=dtype)
 
     def zeros(*sizes: int) -> Tensor:
-        return grad.new_zeros(sizes, dtype=torch.float32)
+        # Nothing is launched for nothing.
+        return (grad.new_zeros if all(sizes) else grad.new_empty)(sizes, dtype=torch.float32)
 
     rows = (part if needs_weights else 1) * mp  # per member, of what one launch writes
     arch, sms = target(grad.device)
@@ -378,12 +376,36 @@ def backward(
             sums.add(i_low, i_high, m, mp, outputs, _Rows(dpre, rows, 0), _Rows(dfilm, rows, 0), dv, state, features)
     found = Gradients(g, dnoise if needs_noise else None)
     if needs_inputs and net.cond_dim and not film:
-        found.cond = dcond[:, :m, : net.hidden[0]].unflatten(1, (b, s)).sum(2)
+        found.cond = dcond[:, :m]
     if needs_inputs and film:
         found.film = torch.cat(unpad_layers(dcond_film[:, :m].unflatten(1, (b, s)).sum(2), net, 2), dim=-1)
     if sums is not None:
         sums.finish(found, dnorm)
     return found
+
+
+def weight_gradients(sums: Sums, weights: Weights, net: plan.Network) -> Weights:
+    """Of every weight that the kernels multiply with, float32; the first layer's place holds nothing."""
+    f, t, h = net.state_features, net.time_features, net.hidden
+    if net.fold:
+        layers, norms = unfolded(sums, weights.layers, weights.norms, net)
+    else:
+        layers, norms = [(sums.state, sums.state)], []
+        for i in range(1, net.layers + 1):
+            into = net.inputs[i] if i < net.layers else (net.layers - 1,)
+            width = weights.layers[i][0].shape[-1]
+            parts = sums.w[i - 1].split([net.padded[j] for j in into], dim=1)
+            dw = torch.cat([part[:, : h[j], :width] for part, j in zip(parts, into, strict=True)], dim=1)
+            layers.append((dw, sums.b[i - 1][:, :width]))
+        if sums.norm is not None:
+            norms = list(zip(*(unpad_layers(x, net, 1) for x in sums.norm), strict=True))
+    return Weights(
+        layers,
+        norms,
+        sums.state[:, :f, : h[0]],
+        None if sums.time is None else sums.time[:, :t, : h[0]],
+        [film[:, :t] for film in sums.films],
+    )
 
 
 @dataclass
@@ -396,9 +418,13 @@ class _Rows:
 
     def layer(self, i: int, e: int, count: int, net: plan.Network, copies: int = 1) -> Tensor:
         """Layer i's share, [E, count, copies * HP[i]]."""
-        width = copies * net.padded[i]
-        start = e * self.rows * copies * net.offsets[i]
-        block = self.buffer[start : start + e * self.rows * width].view(e, self.rows, width)
+        return self.layers(i, i + 1, e, count, net, copies)
+
+    def layers(self, low: int, high: int, e: int, count: int, net: plan.Network, copies: int = 1) -> Tensor:
+        """The shares of layers low..high-1, all of one width, [layers E, count, copies * HP[low]]."""
+        width = copies * net.padded[low]
+        start, size = e * self.rows * copies * net.offsets[low], (high - low) * e * self.rows * width
+        block = self.buffer[start : start + size].view(-1, self.rows, width)
         return block[:, self.first : self.first + count]
 
 
@@ -406,13 +432,16 @@ class _WeightSums:
     """The products that reduce over rows, summed over the parts of a walk.
 
     They run over the padding as well: gradients are zero there. There are no atomics: the same inputs give the same
-    bits.
+    bits. Layers of one width, each behind the one before, are one batch of matrices.
     """
 
-    def __init__(self, net: plan.Network, weights: Weights, inputs: Prepared, shared: bool) -> None:
+    def __init__(self, net: plan.Network, weights: Weights | None, inputs: Prepared, shared: bool) -> None:
         self.net, self.weights, self.inputs, self.shared = net, weights, inputs, shared
         self.sums: dict[tuple[str, int], Tensor] = {}
         self.parts: dict[str, list[Tensor]] = {"time": [], "film_time": [], "features": []}
+        # Runs of layers that are taken at once.
+        own = [range(i, i + 1) for i in range(1, net.layers)]
+        self.runs = ([range(1, net.layers)] if net.layers > 1 else []) if net.roll else own
 
     def _sum(self, name: str, i: int, value: Tensor) -> None:
         self.sums[name, i] = self.sums[name, i] + value if (name, i) in self.sums else value
@@ -434,26 +463,30 @@ class _WeightSums:
         net, count = self.net, (i_high - i_low) * mp
         e = dv.shape[0]
         dv, state, features = dv[:, :count], state[:, :count], features[:, :count]
+        given = self.weights if self.inputs.features is not None else None
         dfeatures = None
         with exact_products(net.precision):
-            for i in range(net.layers):
-                d = dpre.layer(i, e, count, net)
-                if i == 0:
-                    self._sum("state", 0, _product(state.mT, d))
-                    if self.shared:
-                        per_step = d.unflatten(1, (-1, mp)).sum(2, dtype=torch.float32)
-                        self.parts["time"].insert(0, per_step[..., : net.hidden[0]])
-                    else:
-                        self._sum("b", 0, d.sum(1, dtype=torch.float32))
-                    if self.weights.time is not None:
-                        self._sum("time", 0, _product(features.mT, d))
-                        dfeatures = _product(d[..., : net.hidden[0]], self.weights.time.to(d.dtype).mT)
-                    continue
-                self._sum("b", i, d.sum(1, dtype=torch.float32))
-                x = [outputs.layer(j, e, count, net).mT for j in net.inputs[i]]
-                self._sum("w", i, torch.cat([_product(part, d) for part in x], dim=1))
+            d = dpre.layer(0, e, count, net)
+            self._sum("state", 0, batched_product(state.mT, d))
+            if self.shared:
+                self.parts["time"].insert(0, d.unflatten(1, (-1, mp)).sum(2, dtype=torch.float32))
+            elif net.norm != "film":
+                self._sum("time", 0, batched_product(features.mT, d))
+            if given is not None and given.time is not None:
+                dfeatures = batched_product(d[..., : net.hidden[0]], given.time.to(d.dtype).mT)
+            if not self.shared and not net.roll:
+                self._sum("b", 0, d.sum(1, dtype=torch.float32))
+            for run in self.runs:
+                d = dpre.layers(run.start, run.stop, e, count, net)
+                x = [outputs.layers(j, j + len(run), e, count, net).mT for j in net.inputs[run.start]]
+                products = [batched_product(part, d) for part in x]
+                self._sum("w", run.start, products[0] if len(products) == 1 else torch.cat(products, dim=1))
+                if self.shared or not net.roll:
+                    self._sum("b", run.start, d.sum(1, dtype=torch.float32))
+            if not self.shared and net.roll:
+                self._sum("b", 0, dpre.layers(0, net.layers, e, count, net).sum(1, dtype=torch.float32))
             last = outputs.layer(net.layers - 1, e, count, net)
-            self._sum("w", net.layers, _product(last.mT, dv.to(last.dtype)))
+            self._sum("w", net.layers, batched_product(last.mT, dv.to(last.dtype)))
             self._sum("b", net.layers, dv.sum(1))
             if net.norm == "film":
                 per_step = []
@@ -463,56 +496,38 @@ class _WeightSums:
                     if self.shared:
                         per_step.append(d.unflatten(1, (-1, mp)).sum(2, dtype=torch.float32))
                         continue
-                    self._sum("film", i, _product(features.mT, d))
-                    more = _product(d, self.weights.films[i].to(d.dtype).mT)
-                    dfeatures = more if dfeatures is None else dfeatures + more
+                    self._sum("film", i, batched_product(features.mT, d))
+                    if given is not None:
+                        more = batched_product(d, given.films[i].to(d.dtype).mT)
+                        dfeatures = more if dfeatures is None else dfeatures + more
                 if self.shared:
                     self.parts["film_time"].insert(0, torch.cat(per_step, dim=-1))
-        if dfeatures is not None and self.inputs.features is not None:
+        if dfeatures is not None:
             self.parts["features"].insert(0, dfeatures.unflatten(1, (-1, mp))[:, :, :m].transpose(0, 1))
 
     def finish(self, found: Gradients, dnorm: Tensor) -> None:
         """Writes the sums into `found`."""
         net, sums = self.net, self.sums
-        f, t, h = net.state_features, net.time_features, net.hidden
-        if self.shared:
-            found.time = torch.cat(self.parts["time"], dim=1)
+
+        def joined(name: str, axis: int) -> Tensor | None:
+            parts = self.parts[name]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis) if parts else None
+
+        e = sums["state", 0].shape[0]
+        found.film_time, found.features = joined("film_time", 1), joined("features", 0)
+        w = [each for run in self.runs for each in sums["w", run.start].split(e)]
+        if self.shared or not net.roll:
+            b = [each for run in self.runs for each in sums["b", run.start].split(e)]
         else:
-            found.time = sums["b", 0][:, None, : h[0]]
-        if self.parts["film_time"]:
-            found.film_time = torch.cat(self.parts["film_time"], dim=1)
-        if self.parts["features"]:
-            found.features = torch.cat(self.parts["features"], dim=0)
-        layers: list[tuple[Tensor, Tensor]] = [(sums["b", 1], sums["b", 1])]  # the first layer's are elsewhere
-        norms: list[tuple[Tensor, Tensor]] = []
-        for i in range(1, net.layers + 1):
-            w = self.weights.layers[i][0]
-            g, db, width = sums["w", i], sums["b", i], w.shape[-1]
-            if net.fold and net.norm == "after":
-                dw, dscale, dshift = unfold(g, db, w, *self.weights.norms[i - 1])
-                norms.append((dscale, dshift))
-            else:
-                into = net.inputs[i] if i < net.layers else (net.layers - 1,)
-                parts = g.split([net.padded[j] for j in into], dim=1)
-                dw = torch.cat([part[:, : h[j], :width] for part, j in zip(parts, into, strict=True)], dim=1)
-            layers.append((dw, db[:, :width]))
-        if dnorm.numel():
-            total = dnorm.sum(1)  # [2, E, sum HP]
-            scales, shifts = (unpad_layers(x, net, 1) for x in total)
-            norms = list(zip(scales, shifts, strict=True))
-        found.weights = Weights(
-            layers,
-            norms,
-            sums["state", 0][:, :f, : h[0]],
-            sums["time", 0][:, :t, : h[0]] if ("time", 0) in sums else None,
-            [sums["film", i][:, :t] for i in range(net.layers)] if ("film", 0) in sums else [],
+            b = list(sums["b", 0].split(e)[1:])
+        table = joined("time", 1) if self.shared else sums["b", 0][:e, None]
+        assert table is not None
+        found.sums = Sums(
+            [*w, sums["w", net.layers]],
+            [*b, sums["b", net.layers]],
+            sums["state", 0],
+            table,
+            sums.get(("time", 0)),
+            [sums["film", i] for i in range(net.layers)] if ("film", 0) in sums else [],
+            dnorm.sum(1) if dnorm.numel() else None,
         )
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """Batched x @ y, accumulated and returned in float32 also for bfloat16 operands."""
-    if x.dtype == torch.float32:
-        return torch.bmm(x, y)
-    if not x.is_cuda:
-        return torch.bmm(x.float(), y.float())
-    return torch.bmm(x, y, out_dtype=torch.float32)

@@ -1,13 +1,11 @@
-"""LayerNorm folded into the Dense layer behind it, padded and cast for the kernels; and the way back for gradients."""
+"""LayerNorm folded into the Dense layer behind it, padded and cast for the kernels. `unfold` is the way back."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plan
 from .launch import Arithmetic
 from .tile import cast
 
@@ -182,50 +180,6 @@ def fold_layer(
     )  # fmt: skip
 
 
-@triton.jit
-def unfold_kernel(
-    g_ptr,
-    db_ptr,
-    w_ptr,
-    scale_ptr,
-    shift_ptr,
-    dw_ptr,
-    dscale_ptr,
-    dshift_ptr,
-    stride_g,
-    stride_db,
-    IN: tl.constexpr,
-    OUT: tl.constexpr,
-    OUT_P: tl.constexpr,
-    BI: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Gradients through the fold. With G = xhat^T dpre [E, IN_P, OUT_P] and db = sum of dpre:
-
-    dW = diag(scale) G + shift db^T,    dscale = rowsum(W o G),    dshift = W db.
-    """
-    i_i = tl.program_id(0)
-    i_e = tl.program_id(1).to(tl.int64)
-    o_i = i_i * BI + tl.arange(0, BI)
-    m_i = o_i < IN
-    b_scale = tl.load(scale_ptr + i_e * IN + o_i, mask=m_i, other=0.0).to(tl.float32)
-    b_shift = tl.load(shift_ptr + i_e * IN + o_i, mask=m_i, other=0.0).to(tl.float32)
-    b_dscale = tl.zeros([BI], tl.float32)
-    b_dshift = tl.zeros([BI], tl.float32)
-    for n in tl.range(0, OUT, BN):
-        o_n = n + tl.arange(0, BN)
-        m = m_i[:, None] & (o_n < OUT)[None, :]
-        b_g = tl.load(g_ptr + i_e * stride_g + o_i[:, None] * OUT_P + o_n[None, :], mask=m, other=0.0).to(tl.float32)
-        b_w = tl.load(w_ptr + i_e * IN * OUT + o_i[:, None] * OUT + o_n[None, :], mask=m, other=0.0).to(tl.float32)
-        b_db = tl.load(db_ptr + i_e * stride_db + o_n, mask=o_n < OUT, other=0.0)
-        b_dscale += tl.sum(b_w * b_g, 1)
-        b_dshift += tl.sum(b_w * b_db[None, :], 1)
-        b_dw = b_scale[:, None] * b_g + b_shift[:, None] * b_db[None, :]
-        tl.store(dw_ptr + i_e * IN * OUT + o_i[:, None] * OUT + o_n[None, :], b_dw, mask=m)
-    tl.store(dscale_ptr + i_e * IN + o_i, b_dscale, mask=m_i)
-    tl.store(dshift_ptr + i_e * IN + o_i, b_dshift, mask=m_i)
-
-
 def fold(
     w: Tensor, b: Tensor | None, scale: Tensor | None, shift: Tensor | None, w_out: Tensor, b_out: Tensor | None
 ) -> None:
@@ -259,32 +213,3 @@ def fold(
         BN=bn,
         num_warps=4,
     )
-
-
-def unfold(g: Tensor, db: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dW, dscale, dshift) from G [E, IN_P, OUT_P] (inner two axes contiguous) and db [E, OUT_P], all float32."""
-    w, scale, shift = w.contiguous(), scale.contiguous(), shift.contiguous()
-    e, n_in, n_out = w.shape
-    dw = torch.empty_like(w, dtype=torch.float32)
-    dscale = torch.empty_like(scale, dtype=torch.float32)
-    dshift = torch.empty_like(shift, dtype=torch.float32)
-    bi = 16
-    unfold_kernel[(triton.cdiv(n_in, bi), e)](
-        g,
-        db,
-        w,
-        scale,
-        shift,
-        dw,
-        dscale,
-        dshift,
-        g.stride(0),
-        db.stride(0),
-        IN=n_in,
-        OUT=n_out,
-        OUT_P=g.shape[-1],
-        BI=bi,
-        BN=max(16, min(64, plan.power_of_2(n_out))),
-        num_warps=4,
-    )
-    return dw, dscale, dshift

@@ -87,3 +87,15 @@ def exact_products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(older)
         if torch.backends.cuda.matmul.fp32_precision != newer:
             torch.backends.cuda.matmul.fp32_precision = newer
+
+
+def batched_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Batched x @ y, accumulated and returned in float32 also for bfloat16 operands."""
+    if x.dtype == torch.float32:
+        return torch.bmm(x, y)
+    return torch.bmm(x, y, out_dtype=torch.float32) if x.is_cuda else _widened_product(x, y)
+
+
+def _widened_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Where products of bfloat16 give nothing wider."""
+    return torch.bmm(x.float(), y.float())

@@ -1,4 +1,5 @@
-"""What of the first layer does not depend on the state, in one launch: cond's share of it, and a table of time's."""
+"""What of the first layer does not depend on the state, in one launch: cond's share of it, and a table of time's. And
+cond's share back."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from . import plan
 from .integrate import stage_time
+from .launch import Arithmetic, batched_product, exact_products
 from .pack import Prepared, net_shape, product_dtype
 from .tile import cast, embed_time, product
 
@@ -134,3 +136,132 @@ def prepare(
         )
         i_e += weight.shape[0]
     return Prepared(cond=c, time=table, features=None, film=None, film_time=None)
+
+
+# The way back -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["B", "S", "first", "n_e", "d_stride", "cond_stride", "weight_stride"])
+def cond_operands_kernel(
+    d_ptr,  # [E, B S or more, HP] float32: gradient of cond's share, of every sample
+    cond_ptr,  # [1 or E, B, C], with WEIGHTS
+    weight_ptr,  # [E, C + F + T, H] the field's first layer, with DCOND
+    d_out_ptr,  # [B, E, HP] result: d summed over samples
+    cond_out_ptr,  # [1 or E, B, CP] result with WEIGHTS
+    weight_out_ptr,  # [C, E, HP] result with DCOND
+    B,
+    S,
+    first,  # the field's first member among all n_e
+    n_e,
+    d_stride,  # of members
+    cond_stride,  # likewise; 0 where they share cond
+    weight_stride,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    DCOND: tl.constexpr,
+    NET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The operands of the products that take d_c further, rounded and padded with zeros: one program a block of one."""
+    DTYPE: tl.constexpr = d_out_ptr.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64)
+    i_e = tl.program_id(1).to(tl.int64)
+    at = first + i_e
+    n_d = tl.cdiv(B.to(tl.int64) * HP, BLOCK)
+    n_x = tl.cdiv(B.to(tl.int64) * CP, BLOCK) if WEIGHTS else 0
+    if i < n_d:
+        o = i * BLOCK + tl.arange(0, BLOCK)
+        o_b = o // HP
+        m_b = o_b < B
+        b_d = tl.zeros([BLOCK], tl.float32)
+        for s in tl.range(0, S):
+            b_d += tl.load(d_ptr + at * d_stride + (o_b * S + s) * HP + o % HP, mask=m_b, other=0.0)
+        tl.store(d_out_ptr + (o_b * n_e + at) * HP + o % HP, cast(b_d, DTYPE, NET), mask=m_b)
+    elif i < n_d + n_x:
+        if WEIGHTS:
+            o = (i - n_d) * BLOCK + tl.arange(0, BLOCK)
+            o_b = o // CP
+            o_c = o % CP
+            m_b = o_b < B
+            b_x = tl.load(cond_ptr + at * cond_stride + o_b * C + o_c, mask=m_b & (o_c < C), other=0.0)
+            # Members that share cond share the copy too.
+            own = (cond_stride > 0) | (at == 0)
+            row = tl.where(cond_stride > 0, at, 0) * B + o_b
+            tl.store(cond_out_ptr + row * CP + o_c, cast(b_x.to(tl.float32), DTYPE, NET), mask=m_b & own)
+    elif DCOND:
+        o = (i - n_d - n_x) * BLOCK + tl.arange(0, BLOCK)
+        o_c = o // HP
+        o_h = o % HP
+        m_c = o_c < C
+        b_w = tl.load(weight_ptr + i_e * weight_stride + o_c * H + o_h, mask=m_c & (o_h < H), other=0.0)
+        tl.store(weight_out_ptr + (o_c * n_e + at) * HP + o_h, cast(b_w.to(tl.float32), DTYPE, NET), mask=m_c)
+
+
+def prepare_bwd(
+    d: Tensor, cond: Tensor, firsts: list[Tensor], needs_cond: bool, needs_weights: bool, net: plan.Network
+) -> tuple[Tensor | None, Tensor | None]:
+    """(d_cond [1 or E, B, C], cond^T d [E, C, HP[0]]), float32; None for what is not needed.
+
+    Args:
+        d: [E, B S, HP[0]] float32, gradient of cond's share of the first layer for every sample, its rows dense.
+        cond: [1 or E, B, C].
+        firsts: every field's weights [E, C + F + T, H] of the first layer, their members one behind the other.
+    """
+    cond = cond.contiguous()
+    (e, rows, hp), (shares, batch, c) = d.shape, cond.shape
+    dtype, cp = product_dtype(net), -(-c // 8) * 8  # rows of 16 bytes suit the product
+    block = 1024
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device=d.device, dtype=dtype)
+
+    d_out = empty(batch, e, hp)
+    cond_out = empty(shares, batch, cp) if needs_weights else d_out
+    weight_out = empty(c, e, hp) if needs_cond else d_out
+    blocks = triton.cdiv(batch * hp, block)
+    blocks += triton.cdiv(batch * cp, block) if needs_weights else 0
+    blocks += triton.cdiv(c * hp, block) if needs_cond else 0
+    first = 0
+    for weight in firsts:
+        weight = weight.contiguous()
+        cond_operands_kernel[(blocks, weight.shape[0])](
+            d,
+            cond,
+            weight,
+            d_out,
+            cond_out,
+            weight_out,
+            batch,
+            rows // batch,
+            first,
+            e,
+            d.stride(0),
+            0 if shares == 1 else cond.stride(0),
+            weight.stride(0),
+            C=c,
+            CP=cp,
+            H=net.hidden[0],
+            HP=hp,
+            WEIGHTS=needs_weights,
+            DCOND=needs_cond,
+            NET=Arithmetic.of(dtype),
+            BLOCK=block,
+            num_warps=4,
+        )
+        first += weight.shape[0]
+    if shares == 1:
+        # Members side by side: their sum is the product's.
+        d_out, weight_out = d_out.view(1, batch, e * hp), weight_out.view(1, -1, e * hp)
+    else:
+        d_out, weight_out = d_out.transpose(0, 1), weight_out.transpose(0, 1)
+    d_cond = d_weights = None
+    with exact_products(net.precision):
+        if needs_weights:
+            d_weights = batched_product(cond_out[..., :c].mT, d_out)
+            d_weights = d_weights.view(c, e, hp).transpose(0, 1) if shares == 1 else d_weights
+        if needs_cond:
+            d_cond = batched_product(d_out, weight_out.mT)
+    return d_cond, d_weights

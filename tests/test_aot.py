@@ -388,3 +388,62 @@ def test_no_kernel_is_compiled_per_number_of_steps_or_rows(plain_environment):
     )
     run = subprocess.run([sys.executable, "-c", code], env=plain_environment, capture_output=True, text=True, cwd=ROOT)
     assert run.stdout == "run-time arguments\n", run.stderr[-2000:]
+
+
+# Launches of a loss, a walk and their way back, recorded and not run; then all but the large kernels compiled.
+AROUND = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import fastflow as ff
+from fastflow import ops
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32", float: "fp32"}
+launched = {}
+
+def kind(x):
+    if type(x) is tuple:
+        return tuple(map(kind, x))
+    return TYPES.get(x.dtype if isinstance(x, torch.Tensor) else type(x), str(x))
+
+def record(kernel, *args, grid, warmup, **options):
+    given = dict(zip(kernel.arg_names, args)) | options
+    launched[kernel.__name__, str([kind(given[name]) for name in kernel.arg_names])] = kernel, given
+
+triton.JITFunction.run = record
+ops._INTERPRETED = True
+critic = dict(norm="layer", state_embedding=ff.HLGauss(-101.0, 1.0), time_embedding=ff.Cosine())
+for spec, dtype, precision in (
+    (ff.FieldSpec(1, 42, (512,) * 4, 2, **critic), torch.float32, "bf16"),
+    (ff.FieldSpec(5, 37, (256, 128), None), torch.bfloat16, "bf16"),
+    (ff.FieldSpec(3, 0, (64,), None, time_embedding=ff.PowerFourier(8)), torch.float32, "tf32"),
+):
+    field, x = ff.VelocityField(spec).to(dtype), torch.zeros(8, spec.state_dim, dtype=dtype)
+    cond = torch.zeros(8, spec.cond_dim, dtype=dtype, requires_grad=True) if spec.cond_dim else None
+    options = dict(backend="fused", precision=precision)
+    noise = ff.PhiloxNoise(torch.tensor(1), torch.arange(8), 2)
+    ff.flow_matching_loss(field, noise, x, None, cond, **options).backward()
+    ff.integrate(field, x, cond, num_steps=3, **options).sum().backward()
+for (name, _), (kernel, given) in launched.items():
+    if name in ("integrate_fwd_kernel", "matching_fwd_kernel", "backward_kernel"):
+        continue
+    constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+    types = {name: "constexpr" if name in constants else kind(given[name]) for name in kernel.arg_names}
+    aligned = [["tt.divisibility", 16]]
+    attrs = {(i,): aligned for i, x in enumerate(types.values()) if x[0] == "*"}
+    attrs |= {(i, j): aligned for i, x in enumerate(types.values()) if type(x) is tuple for j in range(len(x))}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=given["num_warps"]))
+    print(name)
+"""
+
+
+@ahead_of_time
+@pytest.mark.parametrize("triton", TRITONS, ids=IDS)
+def test_what_surrounds_the_kernels_compiles(triton, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path)} | ({"PYTHONPATH": triton} if triton else {})
+    run = subprocess.run([sys.executable, "-c", AROUND], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-2000:]
+    names = ("fold_network", "prepare", "cond_operands", "unfold_network", "draw_times")
+    assert set(run.stdout.split()) == {f"{name}_kernel" for name in names}

@@ -482,6 +482,15 @@ def test_launches_are_counted_without_running_them(plain_environment):
     assert numbers[2] == numbers[3] > 1
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("name", "most"), [("loss-2x2048", 24), ("walk-to-actions-2x2048", 12), ("walk-backward-2x2048", 24)]
+)
+def test_few_launches_surround_a_way_back(name, most):
+    pytest.importorskip("triton")
+    assert 0 < predictions.count_case(CASES[name], CPU, "bf16") <= most
+
+
 def test_launches_need_something_to_count_them(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="on a GPU or in Triton's interpreter"):

@@ -257,6 +257,18 @@ def test_the_kernels_give_the_same_bits(seed, batch, samples, dim, device):
     assert torch.equal(t.cpu(), n.t())
 
 
+@pytest.mark.poison
+@pytest.mark.parametrize("seed", SEEDS)
+def test_times_drawn_again_have_the_same_bits(seed, device):
+    pytest.importorskip("triton")
+    from fastflow.kernels.draw import draw_times
+
+    for batch, samples in ((300, 3), (1, 1)):
+        n = noise(seed, batch, samples)
+        found = draw_times(n.seed.to(device), n.ids.to(device), samples)
+        assert torch.equal(found.cpu(), n.t())
+
+
 def print_contractible():
     """Count what may be, or come of, a contracted product and sum in the assembly of both kernels, for each target."""
     from triton.backends.compiler import GPUTarget
