@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastflow import reference
-from fastflow.fields import FieldSpec
+from fastflow.fields import FieldSpec, Parts
 from fastflow.kernels import launch, plan  # neither needs triton
 
 if TYPE_CHECKING:
@@ -292,10 +292,9 @@ class _Call:
             upstream |= {"film_time": found.film_time}
         for i, ps in enumerate(self.fields):
             prepare, given = self._preparation(i), self._share(i, self.cond)
-            if not needs_weights:
-                prepare, ps = _without_parameters(prepare, ps), []
+            some = self._prepared_from if needs_weights else []
             with launch.exact_products(self.net.precision):
-                primal, pull = torch.func.vjp(prepare, given, *ps)[:2]
+                primal, pull = torch.func.vjp(_of_some(prepare, ps, some), given, *(ps[at] for at in some))[:2]
                 cotangents = {}
                 for name, value in primal.items():
                     grad = upstream.get(name)
@@ -309,7 +308,7 @@ class _Call:
                 grads = pull(cotangents)
             d_cond.append(grads[0])
             if weights is not None:
-                own = self._add(list(grads[1:]), weights, i)
+                own = self._add(dict(zip(some, grads[1:], strict=True)), weights, i)
                 d_parameters += [g.reshape(p.shape).to(p.dtype) for g, p in zip(own, self.given[i], strict=True)]
         if not needs_cond:
             return None, d_parameters
@@ -317,18 +316,28 @@ class _Call:
             return torch.stack(d_cond).sum(0), d_parameters
         return torch.cat(d_cond), d_parameters
 
-    def _add(self, grads: list[Tensor], found: Weights, i: int) -> list[Tensor]:
-        """Field i's gradients with those of the weights the kernels multiply with."""
-        spec = self.spec
-        parts = spec.parts(cast("Sequence[Tensor]", range(spec.num_parameters)))  # positions in place of tensors
+    @functools.cached_property
+    def _prepared_from(self) -> list[int]:
+        """Positions of the parameters that `_prepare` reads."""
+        parts = _positions(self.spec)
+        first = parts.layers[0][1:] if self.spec.film else parts.layers[0]
+        pairs = (first, *parts.time, *parts.encoder, *parts.films)
+        return [cast("int", at) for pair in pairs for at in pair]
+
+    def _add(self, grads: dict[int, Tensor], found: Weights, i: int) -> list[Tensor]:
+        """Field i's gradients: what came through `_prepare`, by position, and those of the weights the kernels multiply
+        with."""
+        spec, parts = self.spec, _positions(self.spec)
         c, f = (0 if spec.film else spec.cond_dim), spec.state_features
 
         def add(position: Tensor, value: Tensor, start: int = 0) -> None:
-            at = cast("int", position)
-            value = self._share(i, value).to(grads[at].dtype)
+            at, value = cast("int", position), self._share(i, value)
+            if at not in grads:  # the kernels' alone
+                grads[at] = value
+                return
             # vjp's results may share memory or be expanded.
             grads[at] = grads[at].clone(memory_format=torch.contiguous_format)
-            grads[at][:, start : start + value.shape[1]] += value
+            grads[at][:, start : start + value.shape[1]] += value.to(grads[at].dtype)
 
         add(parts.layers[0][0], found.state, c)
         if found.time is not None:
@@ -339,13 +348,24 @@ class _Call:
                 add(at_b, b)
         for (at, _), w in zip(parts.films, found.films, strict=bool(found.films)):
             add(at, w, grads[cast("int", at)].shape[1] - spec.time_features)
-        return grads
+        return [grads[at] for at in range(spec.num_parameters)]
 
 
-def _without_parameters(
-    prepare: Callable[..., dict[str, Tensor]], ps: list[Tensor]
+def _positions(spec: FieldSpec) -> Parts:
+    """Each parameter's place in the list in the place of the parameter."""
+    return spec.parts(cast("Sequence[Tensor]", range(spec.num_parameters)))
+
+
+def _of_some(
+    prepare: Callable[..., dict[str, Tensor]], ps: Sequence[Tensor], some: Sequence[int]
 ) -> Callable[..., dict[str, Tensor]]:
-    return lambda cond: prepare(cond, *ps)
+    """`prepare` of cond and the parameters at some positions."""
+
+    def prepared(cond: Tensor, *own: Tensor) -> dict[str, Tensor]:
+        given = dict(zip(some, own, strict=True))
+        return prepare(cond, *(given.get(at, p) for at, p in enumerate(ps)))
+
+    return prepared
 
 
 # Walks --------------------------------------------------------------------------------------------------------------
