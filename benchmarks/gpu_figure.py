@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import curves
 from benchmarks.cases import NUM_ROWS, NUM_STEPS
 from benchmarks.gpu_goals import PRECISION
-from fastflow.atomic import atomic_write
 
 # Okabe and Ito's palette, and marks of their own: told apart with any colour vision, and in print.
 LINES = {
@@ -34,7 +34,6 @@ PANELS = {
     "steps": ("K, steps of the walk", "2 nets x 2,048 rows", NUM_STEPS, "walk-2x2048-k{}"),
     "rows": ("rows per net", "2 nets, K = 8", NUM_ROWS, "walk-2x{}"),
 }
-Point = tuple[int, float, float, float]
 
 
 def points(report: Mapping[str, Any], axis: str) -> dict[int, Mapping[str, Any]]:
@@ -44,9 +43,9 @@ def points(report: Mapping[str, Any], axis: str) -> dict[int, Mapping[str, Any]]
     return {n: report["cases"][key] for n, key in names.items() if report["cases"].get(key, {}).get("results")}
 
 
-def series(report: Mapping[str, Any], axis: str) -> dict[str, list[Point]]:
+def series(report: Mapping[str, Any], axis: str) -> dict[str, list[curves.Point]]:
     """By rival and mode: (n, median, p20, p80) in milliseconds, in order of n; the last measurement of each."""
-    out: dict[str, list[Point]] = {}
+    out: dict[str, list[curves.Point]] = {}
     for n, case in points(report, axis).items():
         latest = {}
         for row in case["results"]:
@@ -65,43 +64,14 @@ def draw(report: Mapping[str, Any], path: Path) -> Path:
         ImportError: no matplotlib.
         ValueError: nothing was measured.
     """
-    import matplotlib
-    import matplotlib.figure
-    import matplotlib.ticker
-
-    found = {axis: series(report, axis) for axis in PANELS}
-    if not any(found.values()):
+    panels = []
+    for axis, (label, title, ticks, _) in PANELS.items():
+        floors = {n: case["floor_us"].get(PRECISION) for n, case in points(report, axis).items()}
+        floor = {n: 1e-3 * us for n, us in floors.items() if us}
+        panels.append(curves.Panel(label, title, 2, ticks, series(report, axis), floor))
+    if not any(panel.series for panel in panels):
         raise ValueError("nothing to draw: no walk over K or rows was measured")
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "font.size": 9.5}
-    with matplotlib.rc_context(style):
-        figure = matplotlib.figure.Figure(figsize=(10.5, 4.8), layout="constrained")
-        axes = figure.subplots(1, len(PANELS), sharey=True)
-        for ax, (axis, (label, title, ticks, _)) in zip(axes, PANELS.items()):
-            for name, (text, color, mark, line) in LINES.items():
-                if name in found[axis]:
-                    n, median, p20, p80 = zip(*found[axis][name])
-                    options = {"color": color, "marker": mark, "linestyle": line, "markersize": 4.5, "linewidth": 1.4}
-                    ax.plot(n, median, label=text, **options)
-                    ax.fill_between(n, p20, p80, color=color, alpha=0.15, lw=0)
-            floors = {n: case["floor_us"].get(PRECISION) for n, case in points(report, axis).items()}
-            floors = {n: 1e-3 * us for n, us in floors.items() if us}
-            ax.plot(floors.keys(), floors.values(), color="#888888", linewidth=1.0, label="floor")
-            ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
-            ax.set_xticks(ticks)
-            ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-            ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-            ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
-            ax.grid(True, color="#e6e6e6")
-            ax.set_xlabel(label)
-            ax.set_title(title)
-        axes[0].set_ylabel("milliseconds per walk (median, 20th to 80th percentile)")
-        axes[1].tick_params(labelleft=True)
-        handles = {line.get_label(): line for ax in axes for line in ax.get_lines()}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
-        figure.suptitle(_title(report), fontsize=10.5)
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, dpi=150, format=path.suffix[1:])
+    curves.draw(panels, LINES, _title(report), 4.8, path)
     return path
 
 

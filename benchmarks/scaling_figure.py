@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.curves import logarithmic
 from fastflow.atomic import atomic_write
 
 # Okabe and Ito's palette, and marks of their own: told apart with any colour vision, and in print.
@@ -31,7 +32,6 @@ def draw(results: Mapping[str, Any], path: Path) -> Path:
     """
     import matplotlib
     import matplotlib.figure
-    import matplotlib.ticker
 
     points = [point for point in results["points"] if point["entrants"]]
     if not points:
@@ -54,14 +54,7 @@ def draw(results: Mapping[str, Any], path: Path) -> Path:
         time.set_ylabel("milliseconds per call (median, 95 % interval)")
         times.set_ylabel("times as long as fastflow")
         for ax in (time, times):
-            ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
-            ax.set_xticks(ticks)
-            ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-            ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-            ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
-            ax.grid(True, color="#e6e6e6")
-            ax.set_xlabel(_LABELS[results["axis"]])
+            logarithmic(ax, _LABELS[results["axis"]], ticks)
         figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
         figure.suptitle(f"{results['case']}: {results['title']}\n{place(results)}", fontsize=10)
         with atomic_write(path) as temporary:
