@@ -20,8 +20,9 @@ from torch import Tensor
 from benchmarks.cases import PARAMETERS, TD_FLOW, UPDATES, Case, UpdateCase
 from benchmarks.floq_update import update_by
 from benchmarks.measure import Entry, ratios
-from benchmarks.rivals import Skipped, global_precision, jax_of, needs_compiler, quiet_compiler
+from benchmarks.rivals import Skipped, capture, global_precision, jax_of, needs_compiler, quiet_compiler
 from fastflow.agents.td2_cfm import Td2CfmAgent, Td2CfmConfig
+from fastflow.graphs import GraphedUpdate
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Run
@@ -149,18 +150,7 @@ def captured_update(agent: Any, update: Update, example: Batch) -> Update:
     for group in agent.optimizer.param_groups:
         group["capturable"] = True
     static = {name: x.clone() for name, x in example.items()}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            update(static)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(agent.generator)
-    agent.optimizer.zero_grad(set_to_none=True)
-    with torch.cuda.graph(graph):
-        metrics = update(static)
+    graph, metrics = capture(lambda: update(static), agent.generator)
 
     def replay(batch: Batch) -> Any:
         for name, x in static.items():
@@ -189,10 +179,6 @@ def prepare(case: UpdateCase | Td2UpdateCase, rival: str, precision: str, device
             return Way(agent.update, batches, first=_floats(agent.update(batches[0])))
         if device.type != "cuda":
             raise Skipped("CUDA graphs need CUDA")
-        try:
-            from fastflow.graphs import GraphedUpdate
-        except ImportError as error:
-            raise Skipped(f"no graphed updates: {error}") from error
         step = GraphedUpdate(agent, batches[0])
         step(batches[0])
         return Way(step, batches, "graph")

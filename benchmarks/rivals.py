@@ -510,8 +510,9 @@ def quiet_compiler() -> Iterator[None]:
         raise
 
 
-def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """One call as a CUDA graph, and the result that every replay writes to."""
+def capture(call: Callable[[], Any], generator: torch.Generator | None = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """One call as a CUDA graph, and the result that every replay writes to; what `generator` draws in it is new in
+    every replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -520,6 +521,8 @@ def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         result = call()
     return graph, result

@@ -68,8 +68,6 @@ def fold_columns(
 @triton.jit
 def fold_kernel(
     w_ptr,
-    scale_ptr,
-    shift_ptr,
     b_ptr,
     w_out_ptr,
     b_out_ptr,
@@ -80,18 +78,17 @@ def fold_kernel(
     OUT: tl.constexpr,
     IN_P: tl.constexpr,
     OUT_P: tl.constexpr,
-    NORM: tl.constexpr,
     BIAS: tl.constexpr,
     NET: tl.constexpr,
     BI: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """`fold_columns` of all members' columns of one layer."""
+    """`fold_columns` of all members' columns of one layer, without a norm."""
     i_e = tl.program_id(1).to(tl.int64)
+    p_w = w_ptr + i_e * stride_e
     fold_columns(
-        w_ptr + i_e * stride_e, scale_ptr + i_e * IN, shift_ptr + i_e * IN, b_ptr + i_e * OUT,
-        w_out_ptr + i_e * stride_out, b_out_ptr + i_e * OUT_P, tl.program_id(0), stride_in,
-        IN, OUT, IN_P, OUT_P, NORM, BIAS, NET, BI, BN,
+        p_w, p_w, p_w, b_ptr + i_e * OUT, w_out_ptr + i_e * stride_out, b_out_ptr + i_e * OUT_P, tl.program_id(0),
+        stride_in, IN, OUT, IN_P, OUT_P, False, BIAS, NET, BI, BN,
     )  # fmt: skip
 
 
@@ -180,10 +177,8 @@ def fold_layer(
     )  # fmt: skip
 
 
-def fold(
-    w: Tensor, b: Tensor | None, scale: Tensor | None, shift: Tensor | None, w_out: Tensor, b_out: Tensor | None
-) -> None:
-    """Write diag(scale) W, centred, to w_out [E, IN_P, OUT_P] and b + shift W to b_out [E, OUT_P]; None for neither.
+def fold(w: Tensor, b: Tensor | None, w_out: Tensor, b_out: Tensor | None) -> None:
+    """Write W to w_out [E, IN_P, OUT_P], padded and cast, and b to b_out [E, OUT_P]; None for no bias.
 
     w_out may be rows of a larger packed matrix; its rows are dense.
     """
@@ -194,8 +189,6 @@ def fold(
     bn = min(32, out_p)
     fold_kernel[(triton.cdiv(out_p, bn), e)](
         w,
-        w if scale is None else scale.contiguous(),
-        w if shift is None else shift.contiguous(),
         w if b is None else b.contiguous(),
         w_out,
         w_out if b_out is None else b_out,
@@ -206,7 +199,6 @@ def fold(
         OUT=n_out,
         IN_P=in_p,
         OUT_P=out_p,
-        NORM=scale is not None,
         BIAS=b is not None,
         NET=Arithmetic.of(w_out.dtype),
         BI=64,

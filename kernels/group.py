@@ -240,6 +240,9 @@ def integrate_by_groups(
     mp, g = groups.count * rows, width // tiles.columns
     out = torch.empty_like(x_0)
     count = x_0.new_zeros(e * groups.count, dtype=torch.int32)
+    state = x_0.new_empty(2 * e * mp * dp, dtype=torch.float32)
+    y = x_0.new_empty(2 * e * mp * width, dtype=product_dtype(net))
+    stats = x_0.new_empty(4 * e * g * mp, dtype=torch.float32)
 
     def call(layer: int, step: int, steps: int) -> None:
         walk_group_kernel[(groups.count * g, e)](
@@ -272,9 +275,6 @@ def integrate_by_groups(
             **({"launch_cooperative_grid": True} if layer < 0 else {}),
         )
 
-    state = x_0.new_empty(2 * e * mp * dp, dtype=torch.float32)
-    y = x_0.new_empty(2 * e * mp * width, dtype=product_dtype(net))
-    stats = x_0.new_empty(4 * e * g * mp, dtype=torch.float32)
     if groups.meets and not launch.interpreted():
         call(-1, 0, num_steps)
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,18 +138,18 @@ def pack(fields: Sequence[Weights], net: plan.Network) -> Packed:
     for field in fields:
         part = slice(i_e, i_e + field.state.shape[0])
         i_e = part.stop
-        fold(field.state, None, None, None, packed.w_feat[part], None)
+        fold(field.state, None, packed.w_feat[part], None)
         if field.time is not None:
-            fold(field.time, None, None, None, packed.w_time[part], None)
+            fold(field.time, None, packed.w_time[part], None)
         for off, h, h_p, film in zip(net.offsets, net.hidden, hp, field.films, strict=bool(field.films)):
             block = layer(packed.w_film, off * tp * 2, tp, 2 * h_p)[part]
             # Two halves, scale and shift, each with its own padding.
             padded = F.pad(film.unflatten(-1, (2, h)), (0, h_p - h)).flatten(-2)
-            fold(padded, None, None, None, block, None)
+            fold(padded, None, block, None)
         for i in range(1, net.layers + 1):
             w, b = field.layers[i]
             if i == net.layers:
-                fold(w, b, None, None, packed.w_out[part], packed.b_out[part])
+                fold(w, b, packed.w_out[part], packed.b_out[part])
                 continue
             block = layer(packed.w_hidden, net.weight_offsets[i], net.inputs_padded[i], hp[i])[part]
             bias = layer(packed.b_hidden, net.offsets[i], hp[i])[part]
@@ -156,7 +157,7 @@ def pack(fields: Sequence[Weights], net: plan.Network) -> Packed:
             for j in net.inputs[i]:
                 rows = w[:, row : row + net.hidden[j]]
                 out = block[:, row_p : row_p + hp[j]]
-                fold(rows, b if row == 0 else None, None, None, out, bias if row == 0 else None)
+                fold(rows, b if row == 0 else None, out, bias if row == 0 else None)
                 row, row_p = row + net.hidden[j], row_p + hp[j]
         if norms:
             for (scale, shift), off, h_p in zip(field.norms, net.offsets, hp, strict=True):
@@ -280,6 +281,8 @@ class Shape(NamedTuple):
     STAGES: int  # of the weights' pipeline
 
 
+# Every launch asks: computed anew it would take longer than a small kernel.
+@functools.lru_cache(maxsize=1024)
 def net_shape(net: plan.Network, shared_times: bool, tiles: plan.Tiles) -> Shape:
     """The constexpr argument NET of every kernel."""
     width = max(net.padded)

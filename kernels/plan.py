@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import astuple, dataclass
 
@@ -363,10 +364,10 @@ GROUP_ARCHES = (80, 90, 100)
 
 def group_bytes(net: Network, tiles: Tiles) -> int:
     """Shared memory of a program that keeps its columns of all layers, in bytes."""
-    hp, size = net.padded[0], net.element_size
-    weights = ((net.layers - 1) * hp + net.features_padded) * tiles.columns
-    head = 0 if net.state_padded == 1 else hp * net.state_padded * size + 4 * tiles.rows * net.state_padded
-    return (weights + tiles.rows * hp) * size + head
+    hp, size = net.padded, net.element_size
+    weights = net.features_padded * hp[0] + sum(k * h for k, h in zip(net.inputs_padded, hp, strict=True))
+    head = 0 if net.state_padded == 1 else hp[-1] * net.state_padded * size + 4 * tiles.rows * net.state_padded
+    return (weights * tiles.columns // hp[0] + tiles.rows * max(hp)) * size + head
 
 
 def group_tiles(arch: int, net: Network) -> tuple[Tiles, ...]:
@@ -378,6 +379,7 @@ def group_tiles(arch: int, net: Network) -> tuple[Tiles, ...]:
     return tuple(t for t in GROUP_TILES if group_bytes(net, t) <= SHARED_MEMORY[family(arch)])
 
 
+@functools.lru_cache(maxsize=1024)
 def groups(arch: int, sms: int, net: Network, members: int, rows: int) -> Groups | None:
     """The groups that walk `rows` rows of each member, or None where rows alone do better.
 

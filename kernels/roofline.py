@@ -131,7 +131,6 @@ SHARED_BYTES = 128
 # Warps that split a product's columns each compute the features of all its rows.
 GROUP_WARPS = 4
 LAYER_TILES = ((128, 128), (64, 128), (64, 64))
-NARROW_WIDTH = 64
 NARROW_ROWS = (16, 32, 64)
 # Cycles from one layer to the next within registers: two chained products 66, from accumulators to operands through
 # shared memory 80, an activation 50. Estimated.
@@ -256,7 +255,9 @@ def why_not(design: str, kernel: str, net: Network, machine: Machine) -> str | N
     if design == "rows":
         return None if plan.candidates(kernel, machine.arch, net) else "no tile fits the shared memory"
     if design == "narrow":
-        return None if max(net.padded) <= NARROW_WIDTH and net.chain else "a layer wider than 64, or with two inputs"
+        return (
+            None if max(net.padded) <= plan.NARROW_WIDTH and net.chain else "a layer wider than 64, or with two inputs"
+        )
     if not net.fold:
         return "a norm that is not folded, or layers with two inputs"
     if design == "group" and kernel == "backward":
@@ -268,11 +269,11 @@ def why_not(design: str, kernel: str, net: Network, machine: Machine) -> str | N
 
 def group_size(net: Network, machine: Machine) -> int | None:
     """The fewest programs whose shared memory holds all weights and a tile of rows; None where there are none."""
-    size, hp = net.element_size, net.padded
-    weights = net.features_padded * hp[0] + sum(k * n for k, n in zip(net.inputs_padded, hp, strict=True))
-    tile = GROUP_TILE * max(hp) * size
-    fitting = (g for g in GROUP_SIZES if weights * size // g + tile <= machine.shared and min(hp) // g >= 16)
-    return next((g for g in fitting if g <= machine.sms), None)
+    for g in GROUP_SIZES:
+        tiles = Tiles(GROUP_TILE, net.padded[0] // g, 4, 1)
+        if g <= machine.sms and min(net.padded) // g >= 16 and plan.group_bytes(net, tiles) <= machine.shared:
+            return g
+    return None
 
 
 def predict(
