@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,24 +11,24 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
+from .encode import Rows, dense_bwd, time_rows
 from .integrate import stage_time, time_features
 from .launch import batched_product, exact_products, target
 from .network import network_bwd, network_fwd
 from .pack import (
     Packed,
+    Parameters,
     Prepared,
     Saved,
-    Weights,
     net_shape,
     options,
     partial_sums,
     product_dtype,
     scalars,
     turns,
-    unpad_layers,
 )
 from .tile import cast, embed_state, embed_state_grad, read_velocity_grad
-from .unfold import Sums, unfolded
+from .unfold import Sums
 
 
 @triton.jit(
@@ -234,9 +235,9 @@ class Gradients:
     x: Tensor  # [E, B, S, D] of the walk's start, or of x_t
     step_noise: Tensor | None = None  # [K, E, B, S, D]
     cond: Tensor | None = None  # [E, B S, HP[0]] of cond's share of the first layer; joined ones [E, B, HP[0]]
-    film: Tensor | None = None  # [E, B, sum 2 H] of cond's share of FiLM
-    features: Tensor | None = None  # [N, E, B S, T] of Prepared.features
-    film_time: Tensor | None = None  # [E, N, sum 2 H] of Prepared.film_time
+    film: Tensor | None = None  # [E, B, 2 sum HP] of cond's share of FiLM
+    features: Tensor | None = None  # [E, N B S, T] of Prepared.features_pre, not float32
+    film_time: Tensor | None = None  # [E, N, 2 sum HP] of Prepared.film_time
     sums: Sums | None = None  # what reduces over rows
 
     def joined(self, other: Gradients) -> Gradients:
@@ -249,7 +250,7 @@ class Gradients:
             torch.cat([self.x, other.x], dim=1),
             cond=side_by_side(self.cond_rows(), other.cond_rows()),
             film=side_by_side(self.film, other.film),
-            features=side_by_side(self.features, other.features, 2),
+            features=side_by_side(self.features, other.features),
             sums=None if self.sums is None or other.sums is None else self.sums.plus(other.sums),
         )
 
@@ -269,7 +270,7 @@ def backward(
     times: tuple[Tensor, Tensor] | tuple[float, float],
     inputs: Prepared,
     packed: Packed,
-    weights: Weights | None,
+    fields: Sequence[Parameters],
     saved: Saved | None,
     shape: tuple[int, int, int, int],
     num_steps: int,
@@ -283,7 +284,7 @@ def backward(
 
     `saved` holds the activations of every evaluation; None computes them again. With `needs_weights` activations and
     their gradients are written out for the weight gradients' products, in parts of as many evaluations as
-    `plan.STORE_BYTES` allows. `weights` are those of time features which come from outside, where they do.
+    `plan.STORE_BYTES` allows. `fields` are whose `packed` are.
     """
     e, b, s, d = shape
     m, mp = b * s, plan.padded_rows(b * s)
@@ -318,7 +319,7 @@ def backward(
     affine = not fold and net.norm in ("after", "before")
     dnorm = zeros(2, blocks, e, total) if needs_weights and affine else zeros(0)
     dnoise = empty(num_steps, e, b, s, d, dtype=torch.float32) if needs_noise else zeros(0)
-    sums = _WeightSums(net, weights, inputs, shared) if needs_weights else None
+    sums = _WeightSums(net, fields, inputs, shared, (n_v, m, mp)) if needs_weights else None
     g = grad.contiguous()
     for i_high in range(n_v, 0, -part):
         i_low = max(0, i_high - part)
@@ -373,39 +374,16 @@ def backward(
         g = dx
         if sums is not None:
             outputs = _Rows(xhat, rows, 0) if fold else _Rows(work.out, work.rows, 0 if saved is None else i_low * mp)
-            sums.add(i_low, i_high, m, mp, outputs, _Rows(dpre, rows, 0), _Rows(dfilm, rows, 0), dv, state, features)
+            sums.add(i_low, i_high, outputs, _Rows(dpre, rows, 0), _Rows(dfilm, rows, 0), dv, state, features)
     found = Gradients(g, dnoise if needs_noise else None)
     if needs_inputs and net.cond_dim and not film:
         found.cond = dcond[:, :m]
     if needs_inputs and film:
-        found.film = torch.cat(unpad_layers(dcond_film[:, :m].unflatten(1, (b, s)).sum(2), net, 2), dim=-1)
+        per_row = dcond_film[:, :m].unflatten(1, (b, s))
+        found.film = per_row.sum(2) if s > 1 else per_row.squeeze(2)
     if sums is not None:
         sums.finish(found, dnorm)
     return found
-
-
-def weight_gradients(sums: Sums, weights: Weights, net: plan.Network) -> Weights:
-    """Of every weight that the kernels multiply with, float32; the first layer's place holds nothing."""
-    f, t, h = net.state_features, net.time_features, net.hidden
-    if net.fold:
-        layers, norms = unfolded(sums, weights.layers, weights.norms, net)
-    else:
-        layers, norms = [(sums.state, sums.state)], []
-        for i in range(1, net.layers + 1):
-            into = net.inputs[i] if i < net.layers else (net.layers - 1,)
-            width = weights.layers[i][0].shape[-1]
-            parts = sums.w[i - 1].split([net.padded[j] for j in into], dim=1)
-            dw = torch.cat([part[:, : h[j], :width] for part, j in zip(parts, into, strict=True)], dim=1)
-            layers.append((dw, sums.b[i - 1][:, :width]))
-        if sums.norm is not None:
-            norms = list(zip(*(unpad_layers(x, net, 1) for x in sums.norm), strict=True))
-    return Weights(
-        layers,
-        norms,
-        sums.state[:, :f, : h[0]],
-        None if sums.time is None else sums.time[:, :t, : h[0]],
-        [film[:, :t] for film in sums.films],
-    )
 
 
 @dataclass
@@ -435,10 +413,19 @@ class _WeightSums:
     bits. Layers of one width, each behind the one before, are one batch of matrices.
     """
 
-    def __init__(self, net: plan.Network, weights: Weights | None, inputs: Prepared, shared: bool) -> None:
-        self.net, self.weights, self.inputs, self.shared = net, weights, inputs, shared
+    def __init__(
+        self,
+        net: plan.Network,
+        fields: Sequence[Parameters],
+        inputs: Prepared,
+        shared: bool,
+        rows: tuple[int, int, int],
+    ) -> None:
+        self.net, self.fields, self.inputs, self.shared, self.rows = net, fields, inputs, shared, rows
         self.sums: dict[tuple[str, int], Tensor] = {}
-        self.parts: dict[str, list[Tensor]] = {"time": [], "film_time": [], "features": []}
+        self.parts: dict[str, list[Tensor]] = {"time": [], "film_time": []}
+        pre = inputs.features_pre
+        self.features = None if pre is None else pre.new_empty((*pre.shape[:2], net.time_features))
         # Runs of layers that are taken at once.
         own = [range(i, i + 1) for i in range(1, net.layers)]
         self.runs = ([range(1, net.layers)] if net.layers > 1 else []) if net.roll else own
@@ -450,8 +437,6 @@ class _WeightSums:
         self,
         i_low: int,
         i_high: int,
-        m: int,
-        mp: int,
         outputs: _Rows,
         dpre: _Rows,
         dfilm: _Rows,
@@ -460,11 +445,11 @@ class _WeightSums:
         features: Tensor,
     ) -> None:
         """One part: evaluations i_low..i_high-1, in rows (evaluation, row)."""
-        net, count = self.net, (i_high - i_low) * mp
-        e = dv.shape[0]
+        net, (_, _, mp) = self.net, self.rows
+        e, count = dv.shape[0], (i_high - i_low) * mp
         dv, state, features = dv[:, :count], state[:, :count], features[:, :count]
-        given = self.weights if self.inputs.features is not None else None
-        dfeatures = None
+        if self.features is not None:
+            self._features_bwd(i_low, i_high, e, dfilm if net.norm == "film" else dpre)
         with exact_products(net.precision):
             d = dpre.layer(0, e, count, net)
             self._sum("state", 0, batched_product(state.mT, d))
@@ -472,8 +457,6 @@ class _WeightSums:
                 self.parts["time"].insert(0, d.unflatten(1, (-1, mp)).sum(2, dtype=torch.float32))
             elif net.norm != "film":
                 self._sum("time", 0, batched_product(features.mT, d))
-            if given is not None and given.time is not None:
-                dfeatures = batched_product(d[..., : net.hidden[0]], given.time.to(d.dtype).mT)
             if not self.shared and not net.roll:
                 self._sum("b", 0, d.sum(1, dtype=torch.float32))
             for run in self.runs:
@@ -492,18 +475,32 @@ class _WeightSums:
                 per_step = []
                 for i in range(net.layers):
                     d = dfilm.layer(i, e, count, net, copies=2)
-                    d = d.unflatten(2, (2, net.padded[i]))[..., : net.hidden[i]].flatten(2)
                     if self.shared:
                         per_step.append(d.unflatten(1, (-1, mp)).sum(2, dtype=torch.float32))
-                        continue
-                    self._sum("film", i, batched_product(features.mT, d))
-                    if given is not None:
-                        more = batched_product(d, given.films[i].to(d.dtype).mT)
-                        dfeatures = more if dfeatures is None else dfeatures + more
+                    else:
+                        self._sum("film", i, batched_product(features.mT, d))
                 if self.shared:
                     self.parts["film_time"].insert(0, torch.cat(per_step, dim=-1))
-        if dfeatures is not None:
-            self.parts["features"].insert(0, dfeatures.unflatten(1, (-1, mp))[:, :, :m].transpose(0, 1))
+
+    def _features_bwd(self, i_low: int, i_high: int, e: int, d: _Rows) -> None:
+        """On to what the last activation in front of the time features took."""
+        net, (_, m, mp), pre = self.net, self.rows, self.inputs.features_pre
+        assert self.features is not None and pre is not None
+        rows, first = slice(i_low * m, i_high * m), 0
+        for field in self.fields:
+            part = slice(first, first + field.layers[0][0].shape[0])
+            inputs = field.films if net.norm == "film" else field.layers[:1]
+            dense_bwd(
+                d.buffer,
+                inputs,
+                self.features[part, rows],
+                net.precision,
+                net.activation,
+                pre=pre[part, rows],
+                of=Rows(first, e, m, mp, d.rows),
+                **time_rows(inputs, net),
+            )
+            first = part.stop
 
     def finish(self, found: Gradients, dnorm: Tensor) -> None:
         """Writes the sums into `found`."""
@@ -514,7 +511,7 @@ class _WeightSums:
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis) if parts else None
 
         e = sums["state", 0].shape[0]
-        found.film_time, found.features = joined("film_time", 1), joined("features", 0)
+        found.film_time, found.features = joined("film_time", 1), self.features
         w = [each for run in self.runs for each in sums["w", run.start].split(e)]
         if self.shared or not net.roll:
             b = [each for run in self.runs for each in sums["b", run.start].split(e)]

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import plan
-from .fold import fold, fold_network_kernel
+from .fold import fold_network_kernel
 from .launch import arith
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
-class Weights(NamedTuple):
-    """One field's share of what kernels multiply with, every tensor with its E axis."""
+class Parameters(NamedTuple):
+    """One field's parameters by what they do, as (weight, bias) or (scale, shift), every tensor with its E axis."""
 
-    layers: Pairs  # hidden layers and head; of the first only the state's rows count
+    layers: Pairs  # hidden layers and head; rows of the first: cond, state, time, or the state alone with FiLM
     norms: Pairs
-    state: Tensor  # [E, F, H[0]] the first layer's rows of the state features
-    time: Tensor | None  # [E, T, H[0]] of the time features, where rows have times of their own
-    films: Sequence[Tensor]  # [E, T, 2 H[l]] FiLM's rows of the time features, likewise
+    time: Pairs  # the MLP behind the time embedding
+    encoder: Pairs  # FiLM: the MLP that cond goes through
+    films: Pairs  # FiLM: [encoded cond, time features] -> [scale, shift] of every hidden layer
 
 
 class Packed(NamedTuple):
@@ -48,13 +47,15 @@ class Prepared(NamedTuple):
 
     cond: Tensor | None  # [E, B, HP[0]] cond's share of the first layer
     time: Tensor  # [E, N, HP[0]] float32: bias and time's share at every evaluation; N = 1: the bias alone
-    features: Tensor | None  # [N, E, B S, TP] time features of every row where they come through an MLP
+    features: Tensor | None  # [N, E, B S, TP] time features of every row where the kernels do not embed times
     film: Tensor | None  # [E, B or 1, 2 sum HP] cond's share of FiLM, bias included
     film_time: Tensor | None  # [E, N, 2 sum HP] float32: time's share of FiLM at every evaluation
+    # [E, N B S, TP] what the last activation in front of `features` took, for the way back: no kernel reads it.
+    features_pre: Tensor | None = None
 
     def pointers(self, unused: Tensor) -> tuple[Tensor, ...]:
         """In the kernels' order, `unused` for what is not there."""
-        return tuple(unused if x is None else x for x in self)
+        return tuple(unused if x is None else x for x in self[:-1])
 
     def rows(self, rows: slice, samples: int) -> Prepared:
         """What belongs to some rows of cond, where the rows have times of their own."""
@@ -63,6 +64,7 @@ class Prepared(NamedTuple):
             cond=None if self.cond is None else self.cond[:, rows].contiguous(),
             features=None if self.features is None else self.features[:, :, some].contiguous(),
             film=self.film if self.film is None or self.film.shape[1] == 1 else self.film[:, rows],
+            features_pre=None if self.features_pre is None else self.features_pre[:, some],
         )
 
     def film_strides(self) -> tuple[int, int]:
@@ -72,49 +74,32 @@ class Prepared(NamedTuple):
         return self.film.stride(0), 0 if self.film.shape[1] == 1 else self.film.stride(1)
 
 
+def of_field(x: Tensor, first: int, members: int, axis: int = 0) -> Tensor:
+    """A field's members of a tensor whose `axis` is E of all fields, or 1."""
+    return x if x.shape[axis] == 1 else x.narrow(axis, first, members)
+
+
 def product_dtype(net: plan.Network) -> torch.dtype:
     """What the operands of the matrix products are stored as."""
     return torch.bfloat16 if net.precision == "bf16" else torch.float32
 
 
-def pad_last(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """x as dtype, its last axis filled with zeros up to `width`."""
-    return F.pad(x.to(dtype), (0, width - x.shape[-1])).contiguous()
-
-
-def pad_layers(parts: Sequence[Tensor], net: plan.Network, copies: int, dtype: torch.dtype) -> Tensor:
-    """Per-layer tensors [..., copies * H[l]] side by side, each of the copies padded: [..., copies * sum HP]."""
-    out = []
-    for part, h, hp in zip(parts, net.hidden, net.padded, strict=True):
-        out.append(F.pad(part.to(dtype).unflatten(-1, (copies, h)), (0, hp - h)).flatten(-2))
-    return torch.cat(out, dim=-1)
-
-
-def unpad_layers(x: Tensor, net: plan.Network, copies: int) -> list[Tensor]:
-    """The way back of `pad_layers`."""
-    parts = x.split([copies * hp for hp in net.padded], dim=-1)
-    return [
-        part.unflatten(-1, (copies, hp))[..., :h].flatten(-2)
-        for part, h, hp in zip(parts, net.hidden, net.padded, strict=True)
-    ]
-
-
-def pack(fields: Sequence[Weights], net: plan.Network) -> Packed:
-    """Pack several fields of one network, their members one behind the other."""
-    like = fields[0].state
-    e = sum(field.state.shape[0] for field in fields)
+def pack(fields: Sequence[Parameters], shared: bool, net: plan.Network) -> Packed:
+    """Pack several fields of one network, their members one behind the other, in one launch each. `shared`: all rows
+    share their times, so nothing is multiplied with time features."""
+    like = fields[0].layers[0][0]
+    e = sum(field.layers[0][0].shape[0] for field in fields)
     dtype, fp, tp, dp = product_dtype(net), net.features_padded, net.time_padded, net.state_padded
-    hp, total = net.padded, sum(net.padded)
-    per_row = fields[0].time is not None or len(fields[0].films) > 0
+    hp, total, film = net.padded, sum(net.padded), net.norm == "film"
+    norms = not net.fold and net.norm in ("after", "before")
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device=like.device, dtype=dtype)
 
-    norms = not net.fold and net.norm in ("after", "before")
     packed = Packed(
         w_feat=empty(e, fp, hp[0], dtype=dtype),
-        w_time=empty(e, tp, hp[0], dtype=dtype) if fields[0].time is not None else empty(0, dtype=dtype),
-        w_film=empty(e * tp * 2 * total, dtype=dtype) if per_row and net.norm == "film" else empty(0, dtype=dtype),
+        w_time=empty(0 if shared or film else e, tp, hp[0], dtype=dtype),
+        w_film=empty(0 if shared or not film else e * tp * 2 * total, dtype=dtype),
         w_hidden=empty(e * (net.weight_offsets[-1] + net.inputs_padded[-1] * hp[-1]), dtype=dtype),
         b_hidden=empty(e * total),
         scale=empty(e * total if norms else 0),
@@ -122,84 +107,56 @@ def pack(fields: Sequence[Weights], net: plan.Network) -> Packed:
         w_out=empty(e, hp[-1], dp),
         b_out=empty(e, dp),
     )
-
-    def layer(x: Tensor, offset: int, *shape: int) -> Tensor:
-        """Layer's block [E, *shape] of a flat buffer."""
-        size = math.prod(shape)
-        return x[e * offset : e * (offset + size)].view(e, *shape)
-
-    if net.fold:
-        i_e = 0
-        for field in fields:
-            _fold_network(field, packed, i_e, e, net)
-            i_e += field.state.shape[0]
-        return packed
     i_e = 0
     for field in fields:
-        part = slice(i_e, i_e + field.state.shape[0])
-        i_e = part.stop
-        fold(field.state, None, packed.w_feat[part], None)
-        if field.time is not None:
-            fold(field.time, None, packed.w_time[part], None)
-        for off, h, h_p, film in zip(net.offsets, net.hidden, hp, field.films, strict=bool(field.films)):
-            block = layer(packed.w_film, off * tp * 2, tp, 2 * h_p)[part]
-            # Two halves, scale and shift, each with its own padding.
-            padded = F.pad(film.unflatten(-1, (2, h)), (0, h_p - h)).flatten(-2)
-            fold(padded, None, block, None)
-        for i in range(1, net.layers + 1):
-            w, b = field.layers[i]
-            if i == net.layers:
-                fold(w, b, packed.w_out[part], packed.b_out[part])
-                continue
-            block = layer(packed.w_hidden, net.weight_offsets[i], net.inputs_padded[i], hp[i])[part]
-            bias = layer(packed.b_hidden, net.offsets[i], hp[i])[part]
-            row = row_p = 0
-            for j in net.inputs[i]:
-                rows = w[:, row : row + net.hidden[j]]
-                out = block[:, row_p : row_p + hp[j]]
-                fold(rows, b if row == 0 else None, out, bias if row == 0 else None)
-                row, row_p = row + net.hidden[j], row_p + hp[j]
-        if norms:
-            for (scale, shift), off, h_p in zip(field.norms, net.offsets, hp, strict=True):
-                layer(packed.scale, off, h_p)[part] = pad_last(scale, h_p, torch.float32)
-                layer(packed.shift, off, h_p)[part] = pad_last(shift, h_p, torch.float32)
+        _fold_network(field, packed, i_e, e, shared, net)
+        i_e += field.layers[0][0].shape[0]
     return packed
 
 
-def _fold_network(field: Weights, packed: Packed, first: int, members: int, net: plan.Network) -> None:
+def _fold_network(field: Parameters, packed: Packed, first: int, members: int, shared: bool, net: plan.Network) -> None:
     """All layers of a field into its members' places, in one launch."""
-    state, time = (
-        x if x.stride()[1:] == (net.hidden[0], 1) else x.contiguous()
-        for x in (field.state, field.state if field.time is None else field.time)
-    )
+    film = net.norm == "film"
+    weight = field.layers[0][0].contiguous()
+    behind = 0 if film else net.cond_dim  # the state's rows are behind these
     pairs = [(w.contiguous(), b.contiguous()) for w, b in field.layers[1:]]
-    norms = [(s.contiguous(), t.contiguous()) for s, t in field.norms] if net.norm == "after" else pairs
+    normed = net.norm in ("after", "before")
+    norms = [(s.contiguous(), t.contiguous()) for s, t in field.norms] if normed else pairs
+    films = [w.contiguous() for w, _ in field.films] if film and not shared else [weight]
     columns = 32
     blocks = max(-(-width // columns) for width in (*net.padded, net.state_padded))
-    fold_network_kernel[(blocks, net.layers + 1, state.shape[0])](
-        state,
-        time,
+    fold_network_kernel[(blocks, net.layers + 1, weight.shape[0])](
+        weight,
         tuple(w for w, _ in pairs),
         tuple(b for _, b in pairs),
         tuple(scale for scale, _ in norms),
         tuple(shift for _, shift in norms),
-        packed.w_feat,
-        packed.w_time,
-        packed.w_hidden,
-        packed.b_hidden,
-        packed.w_out,
-        packed.b_out,
-        state.stride(0),
-        time.stride(0),
+        tuple(films),
+        *packed,
+        weight.stride(0),
         first,
         members,
-        NET=net_shape(net, field.time is None, plan.Tiles(32, 32, 4, 1)),
-        NORM=net.norm == "after",
-        TIME=field.time is not None,
+        C=behind,
+        NET=net_shape(net, shared, plan.Tiles(32, 32, 4, 1)),
+        **input_rows(net),
+        NORM=("fold" if net.fold else "keep") if normed else "none",
+        TIME=not shared and not film,
+        FILM=films[0].shape[1] if film and not shared else 0,
         BI=64,
         BN=columns,
         num_warps=4,
+        enable_fp_fusion=True,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def input_rows(net: plan.Network) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Of every hidden layer and input: rows of its weights before those of the input, as they are and padded."""
+
+    def before(widths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        return tuple((0, *itertools.accumulate(widths[j] for j in into))[:-1] for into in net.inputs)
+
+    return {"ROW": before(net.hidden), "ROW_P": before(net.padded)}
 
 
 @dataclass

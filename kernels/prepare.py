@@ -1,267 +1,245 @@
-"""What of the first layer does not depend on the state, in one launch: cond's share of it, and a table of time's. And
-cond's share back."""
+"""What a walk or a loss needs before its kernel: cond's and time's shares of the first layer or of FiLM, by launches
+alone. And their way back."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import plan
-from .integrate import stage_time
-from .launch import Arithmetic, batched_product, exact_products
-from .pack import Prepared, net_shape, product_dtype
-from .tile import cast, embed_time, product
+from .encode import Chain, Times, dense, dense_bwd, embed_times, time_rows
+from .first_layer import first_layer, first_layer_bwd
+from .launch import batched_product, exact_products
+from .pack import Parameters, Prepared, of_field, product_dtype
+from .unfold import Given
 
-# One size for any number of rows: a row's bits do not depend on how many others there are.
-_TILES = plan.Tiles(32, 32, 4, 1)
+if TYPE_CHECKING:
+    from .backward import Gradients
 
-
-@triton.jit(do_not_specialize=["B", "N", "cond_stride", "weight_stride", "first", "num_steps"])
-def prepare_kernel(
-    cond_ptr,  # [1 or E, B, C]
-    weight_ptr,  # [E, C + F + T, H] the first layer
-    bias_ptr,  # [E, H]
-    c_ptr,  # [E, B, HP] of all fields: cond's share
-    table_ptr,  # [E, N, HP] of all fields, float32: bias, with TABLE time's share at every evaluation
-    B,
-    N,
-    cond_stride,  # of members; 0 where they share cond
-    weight_stride,
-    first,  # the field's first member
-    num_steps,
-    start,
-    end,
-    C: tl.constexpr,
-    NET: tl.constexpr,
-    V: tl.constexpr,
-    METHOD: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """c = cond W_c with rounded operands; table = b + features(t) W_t in float32."""
-    BM: tl.constexpr = NET.BM
-    H: tl.constexpr = NET.H[0]
-    HP: tl.constexpr = NET.HP[0]
-    BN: tl.constexpr = NET.BN if NET.BN < HP else HP
-    i_m = tl.program_id(0)
-    i_e = tl.program_id(2).to(tl.int64)
-    at = first + i_e
-    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    m_n = o_n < H
-    p_w = weight_ptr + i_e * weight_stride + o_n
-    blocks = tl.cdiv(B, BM) if NET.COND else 0
-    if i_m < blocks:
-        o_m = i_m * BM + tl.arange(0, BM)
-        m_m = o_m < B
-        b_acc = tl.zeros([BM, BN], tl.float32)
-        for k in tl.range(0, C, BK):
-            o_k = k + tl.arange(0, BK)
-            m_k = o_k < C
-            p_x = cond_ptr + i_e * cond_stride + o_m[:, None].to(tl.int64) * C + o_k[None, :]
-            b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0).to(tl.float32)
-            b_w = tl.load(p_w[None, :] + o_k[:, None] * H, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-            DTYPE: tl.constexpr = c_ptr.dtype.element_ty
-            b_acc += product(cast(b_x, DTYPE, NET), cast(b_w, DTYPE, NET), NET)
-        p_c = c_ptr + (at * B + o_m[:, None]) * HP + o_n[None, :]
-        tl.store(p_c, cast(b_acc, c_ptr.dtype.element_ty, NET), mask=m_m[:, None] & (o_n < HP)[None, :])
-    else:
-        o_i = (i_m - blocks) * BM + tl.arange(0, BM)
-        b_table = tl.zeros([BM, BN], tl.float32)
-        b_table += tl.load(bias_ptr + i_e * H + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-        if NET.TABLE:
-            b_part = stage_time(o_i, V, METHOD) / num_steps
-            b_t = ((1.0 - b_part) * start + b_part * end)[:, None]
-            for i in tl.range(0, NET.T):
-                b_f = embed_time(b_t, i + tl.arange(0, 1), NET)
-                b_wt = tl.load(p_w + (C + NET.F + i) * H, mask=m_n, other=0.0).to(tl.float32)
-                b_table += b_f * b_wt[None, :]
-        p_table = table_ptr + (at * N + o_i[:, None]) * HP + o_n[None, :]
-        tl.store(p_table, b_table, mask=(o_i < N)[:, None] & (o_n < HP)[None, :])
+Ends = tuple[float, float] | tuple[Tensor, Tensor]
+"""Start and end of a walk: numbers that all rows share, or [1 or E, B S] each, every row's own."""
 
 
-def covers(net: plan.Network) -> bool:
-    """Whether `prepare` has all that a network's first layer needs: time features without an MLP, and frequencies that
-    float32 times are exact enough for."""
-    fastest = {"power_fourier": 2.0 ** (net.time_features // 2), "cosine_fourier": net.time_features}
-    return net.norm != "film" and net.time_embedding != "given" and fastest.get(net.time_embedding, 1.0) <= 256
+@dataclass
+class Encoded:
+    """What the way back of one field's preparation needs, where networks prepare it."""
+
+    time: Chain | None = None  # the MLP behind the time embedding
+    features: Tensor | None = None  # [1 or E, N, T] float32, of times that all rows share
+    cond: Chain | None = None  # FiLM: the MLP that cond goes through
+    encoded: Tensor | None = None  # [E, B, K] its result
 
 
 def prepare(
-    conds: list[Tensor],
-    firsts: list[tuple[Tensor, Tensor]],
-    times: tuple[float, float] | None,
+    fields: Sequence[Parameters],
+    cond: Tensor,
+    times: Ends,
     num_steps: int,
     method: str,
+    embedding: Times | Tensor,
     net: plan.Network,
-) -> Prepared:
-    """Of several fields, their members one behind the other; one launch per field.
+    keep: bool = False,
+) -> tuple[Prepared, list[Encoded]]:
+    """Everything prepared, of several fields, their members one behind the other.
 
     Args:
-        conds: [1 or E, B, C] of each.
-        firsts: weights [E, C + F + T, H] and biases [E, H] of the first layers.
-        times: start and end that all rows share; None where rows have times of their own.
-        num_steps, method: of the walk.
+        fields: their parameters, every tensor contiguous.
+        cond: [1 or E, B, C] of all fields.
+        times, num_steps, method: of the walk.
+        embedding: the time embedding; or its features, [N, 1, 1, T] or [N, 1 or E, B S, T], where float32 times are not
+            exact enough for its frequencies.
         net: the network.
+        keep: keeps what the way back needs.
     """
-    like, batch = firsts[0][0], conds[0].shape[1]
-    e, hp = sum(w.shape[0] for w, _ in firsts), net.padded[0]
-    n = 1 if times is None else num_steps * plan.evaluations(method)
-    c = like.new_empty((e, batch, hp), dtype=product_dtype(net)) if net.cond_dim else None
-    table = like.new_empty((e, n, hp), dtype=torch.float32)
-    blocks = (triton.cdiv(batch, _TILES.rows) if c is not None else 0) + triton.cdiv(n, _TILES.rows)
-    i_e = 0
-    for cond, (weight, bias) in zip(conds, firsts, strict=True):
-        cond, weight, bias = cond.contiguous(), weight.contiguous(), bias.contiguous()
-        prepare_kernel[(blocks, triton.cdiv(hp, _TILES.columns), weight.shape[0])](
-            cond,
-            weight,
-            bias,
-            table if c is None else c,
-            table,
-            batch,
-            n,
-            0 if cond.shape[0] == 1 else cond.stride(0),
-            weight.stride(0),
-            i_e,
-            num_steps,
-            *(times or (0.0, 0.0)),
-            C=net.cond_dim,
-            NET=net_shape(net, times is not None, _TILES),
-            V=plan.evaluations(method),
-            METHOD=method,
-            BK=32,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-        i_e += weight.shape[0]
-    return Prepared(cond=c, time=table, features=None, film=None, film_time=None)
+    shared, film = not isinstance(times[0], Tensor), net.norm == "film"
+    encoded = [Encoded() for _ in fields]
+    if not film and net.time_embedding != "given" and not (shared and isinstance(embedding, Tensor)):
+        ends = cast("tuple[float, float]", times) if shared else None
+        c, table = first_layer(fields, cond, ends, num_steps if shared else 1, method if shared else "euler", net)
+        return Prepared(c, table, None, None, None), encoded
+    n, e = num_steps * plan.evaluations(method), sum(field.layers[0][0].shape[0] for field in fields)
+    rows = 1 if shared else cast("Tensor", times[0]).shape[1]
+    dtype, total = product_dtype(net), 2 * sum(net.padded)
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=cond.device)
+
+    # Of the first layer what has nothing to do with time: cond's share, unless it comes through FiLM, and the bias.
+    plain = dataclasses.replace(net, cond_dim=0) if film else net
+    c, bias = first_layer(fields, cond, None, n if film and shared else 1, "euler", plain)
+    table = empty(e, n, net.padded[0], dtype=torch.float32) if shared and not film else bias
+    films = empty(e, cond.shape[1] if net.cond_dim else 1, total) if film else None
+    film_time = empty(e, n, total, dtype=torch.float32) if film and shared else None
+    features = None if shared else empty(n, e, rows, net.time_padded)
+    pre = empty(e, n * rows, net.time_padded) if keep and fields[0].time and not shared else None
+    walk = (times, num_steps, method, embedding, cond.device)
+    first = 0
+    for field, own in zip(fields, encoded, strict=True):
+        part = slice(first, first + field.layers[0][0].shape[0])
+        first = part.stop
+        if features is not None:
+            _rows_times(field, walk, features[:, part], None if pre is None else pre[part], part, own, keep, net)
+        else:
+            to, inputs = (table, field.layers[:1]) if film_time is None else (film_time, field.films)
+            _table(inputs, field.time, walk, to[None, part], part, own, keep, net)
+        if films is not None:
+            x = films  # of which nothing is read without cond
+            if net.cond_dim:
+                own.cond = Chain(field.encoder, net.activation, net.precision)
+                some = of_field(cond, part.start, part.stop - part.start).contiguous()
+                x = own.encoded = own.cond.forward(some, keep=keep)
+            dense(x, field.films, films[None, part], net.precision, bias=True, **_film_rows(field, net))
+    return Prepared(c, table, features, films, film_time, pre), encoded
+
+
+def _film_rows(field: Parameters, net: plan.Network) -> dict[str, Any]:
+    """FiLM's rows of cond, as `dense` takes them."""
+    return {"rows": (0, field.films[0][0].shape[1] - net.time_features), "copies": 2, "padded": net.padded}
+
+
+def _embedded(walk: tuple[Any, ...], dtype: torch.dtype, part: slice) -> Tensor:
+    """[1 or E, N M, T] of one field's members; M is 1 where all rows share their times."""
+    times, num_steps, method, embedding, device = walk
+    members = part.stop - part.start
+    if isinstance(embedding, Tensor):
+        some = of_field(embedding, part.start, members, axis=1)
+        return some.transpose(0, 1).flatten(1, 2).to(dtype).contiguous()
+    n, e, rows = num_steps * plan.evaluations(method), 1, 1
+    if isinstance(times[0], Tensor):
+        times = tuple(of_field(t, part.start, members) for t in times)
+        e, rows = max(t.shape[0] for t in times), times[0].shape[1]
+    out = torch.empty((e, n * rows, embedding.T), dtype=dtype, device=device)
+    embed_times(times, num_steps, method, embedding, out.view(e, n, rows, embedding.T).transpose(0, 1))
+    return out
+
+
+def _rows_times(
+    field: Parameters,
+    walk: tuple[Any, ...],
+    features: Tensor,
+    pre: Tensor | None,
+    part: slice,
+    own: Encoded,
+    keep: bool,
+    net: plan.Network,
+) -> None:
+    """Every row's time features into [N, E, M, TP]."""
+    times, num_steps, method, embedding, _ = walk
+    if field.time:
+        own.time = Chain(field.time, net.activation, net.precision)
+        own.time.forward(_embedded(walk, features.dtype, part), features, pre, keep)
+    elif isinstance(embedding, Tensor):
+        features.zero_()
+        features[..., : net.time_features] = of_field(embedding, part.start, part.stop - part.start, axis=1)
+    else:
+        some = tuple(of_field(t, part.start, part.stop - part.start) for t in times)
+        embed_times(cast("Ends", some), num_steps, method, embedding, features)
+
+
+def _table(
+    inputs: Sequence[tuple[Tensor, Tensor]],
+    mlp: Sequence[tuple[Tensor, Tensor]],
+    walk: tuple[Any, ...],
+    to: Tensor,
+    part: slice,
+    own: Encoded,
+    keep: bool,
+    net: plan.Network,
+) -> None:
+    """The share of times that all rows share, with the first layer's bias but without FiLM's. Few numbers, hence in
+    float32 at any precision."""
+    x = _embedded(walk, torch.float32, part)
+    if mlp:
+        own.time = Chain(mlp, net.activation, "fp32")
+        x = own.time.forward(x, keep=keep)
+    own.features = x
+    dense(x, inputs, to, "fp32", bias=net.norm != "film", **time_rows(inputs, net))
 
 
 # The way back -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["B", "S", "first", "n_e", "d_stride", "cond_stride", "weight_stride"])
-def cond_operands_kernel(
-    d_ptr,  # [E, B S or more, HP] float32: gradient of cond's share, of every sample
-    cond_ptr,  # [1 or E, B, C], with WEIGHTS
-    weight_ptr,  # [E, C + F + T, H] the field's first layer, with DCOND
-    d_out_ptr,  # [B, E, HP] result: d summed over samples
-    cond_out_ptr,  # [1 or E, B, CP] result with WEIGHTS
-    weight_out_ptr,  # [C, E, HP] result with DCOND
-    B,
-    S,
-    first,  # the field's first member among all n_e
-    n_e,
-    d_stride,  # of members
-    cond_stride,  # likewise; 0 where they share cond
-    weight_stride,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    DCOND: tl.constexpr,
-    NET: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The operands of the products that take d_c further, rounded and padded with zeros: one program a block of one."""
-    DTYPE: tl.constexpr = d_out_ptr.dtype.element_ty
-    i = tl.program_id(0).to(tl.int64)
-    i_e = tl.program_id(1).to(tl.int64)
-    at = first + i_e
-    n_d = tl.cdiv(B.to(tl.int64) * HP, BLOCK)
-    n_x = tl.cdiv(B.to(tl.int64) * CP, BLOCK) if WEIGHTS else 0
-    if i < n_d:
-        o = i * BLOCK + tl.arange(0, BLOCK)
-        o_b = o // HP
-        m_b = o_b < B
-        b_d = tl.zeros([BLOCK], tl.float32)
-        for s in tl.range(0, S):
-            b_d += tl.load(d_ptr + at * d_stride + (o_b * S + s) * HP + o % HP, mask=m_b, other=0.0)
-        tl.store(d_out_ptr + (o_b * n_e + at) * HP + o % HP, cast(b_d, DTYPE, NET), mask=m_b)
-    elif i < n_d + n_x:
-        if WEIGHTS:
-            o = (i - n_d) * BLOCK + tl.arange(0, BLOCK)
-            o_b = o // CP
-            o_c = o % CP
-            m_b = o_b < B
-            b_x = tl.load(cond_ptr + at * cond_stride + o_b * C + o_c, mask=m_b & (o_c < C), other=0.0)
-            # Members that share cond share the copy too.
-            own = (cond_stride > 0) | (at == 0)
-            row = tl.where(cond_stride > 0, at, 0) * B + o_b
-            tl.store(cond_out_ptr + row * CP + o_c, cast(b_x.to(tl.float32), DTYPE, NET), mask=m_b & own)
-    elif DCOND:
-        o = (i - n_d - n_x) * BLOCK + tl.arange(0, BLOCK)
-        o_c = o // HP
-        o_h = o % HP
-        m_c = o_c < C
-        b_w = tl.load(weight_ptr + i_e * weight_stride + o_c * H + o_h, mask=m_c & (o_h < H), other=0.0)
-        tl.store(weight_out_ptr + (o_c * n_e + at) * HP + o_h, cast(b_w.to(tl.float32), DTYPE, NET), mask=m_c)
-
-
 def prepare_bwd(
-    d: Tensor, cond: Tensor, firsts: list[Tensor], needs_cond: bool, needs_weights: bool, net: plan.Network
-) -> tuple[Tensor | None, Tensor | None]:
-    """(d_cond [1 or E, B, C], cond^T d [E, C, HP[0]]), float32; None for what is not needed.
-
-    Args:
-        d: [E, B S, HP[0]] float32, gradient of cond's share of the first layer for every sample, its rows dense.
-        cond: [1 or E, B, C].
-        firsts: every field's weights [E, C + F + T, H] of the first layer, their members one behind the other.
-    """
-    cond = cond.contiguous()
-    (e, rows, hp), (shares, batch, c) = d.shape, cond.shape
-    dtype, cp = product_dtype(net), -(-c // 8) * 8  # rows of 16 bytes suit the product
-    block = 1024
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device=d.device, dtype=dtype)
-
-    d_out = empty(batch, e, hp)
-    cond_out = empty(shares, batch, cp) if needs_weights else d_out
-    weight_out = empty(c, e, hp) if needs_cond else d_out
-    blocks = triton.cdiv(batch * hp, block)
-    blocks += triton.cdiv(batch * cp, block) if needs_weights else 0
-    blocks += triton.cdiv(c * hp, block) if needs_cond else 0
-    first = 0
-    for weight in firsts:
-        weight = weight.contiguous()
-        cond_operands_kernel[(blocks, weight.shape[0])](
-            d,
-            cond,
-            weight,
-            d_out,
-            cond_out,
-            weight_out,
-            batch,
-            rows // batch,
-            first,
-            e,
-            d.stride(0),
-            0 if shares == 1 else cond.stride(0),
-            weight.stride(0),
-            C=c,
-            CP=cp,
-            H=net.hidden[0],
-            HP=hp,
-            WEIGHTS=needs_weights,
-            DCOND=needs_cond,
-            NET=Arithmetic.of(dtype),
-            BLOCK=block,
-            num_warps=4,
-        )
-        first += weight.shape[0]
-    if shares == 1:
-        # Members side by side: their sum is the product's.
-        d_out, weight_out = d_out.view(1, batch, e * hp), weight_out.view(1, -1, e * hp)
-    else:
-        d_out, weight_out = d_out.transpose(0, 1), weight_out.transpose(0, 1)
-    d_cond = d_weights = None
-    with exact_products(net.precision):
+    fields: Sequence[Parameters],
+    encoded: Sequence[Encoded],
+    found: Gradients,
+    cond: Tensor,
+    needs_cond: bool,
+    needs_weights: bool,
+    net: plan.Network,
+) -> tuple[Tensor | None, list[Given]]:
+    """(d_cond [1 or E, B, C] float32 or None, what `unfold_network` is given of every field or, without
+    `needs_weights`, nothing)."""
+    d_cond = by_cond = None
+    if found.cond is not None:
+        d_cond, by_cond = first_layer_bwd(found.cond, cond, fields, needs_cond, needs_weights, net)
+    given, d_conds, first = [], [], 0
+    for field, own in zip(fields, encoded, strict=True):
+        part = slice(first, first + field.layers[0][0].shape[0])
+        first = part.stop
+        some = Given(cond=None if by_cond is None else by_cond[part])
+        if found.film is not None:
+            d_conds.append(_film_bwd(field, own, found.film[part], some, needs_cond, needs_weights, net))
         if needs_weights:
-            d_weights = batched_product(cond_out[..., :c].mT, d_out)
-            d_weights = d_weights.view(c, e, hp).transpose(0, 1) if shares == 1 else d_weights
-        if needs_cond:
-            d_cond = batched_product(d_out, weight_out.mT)
-    return d_cond, d_weights
+            _time_bwd(field, own, found, part, some, net)
+            given.append(some)
+    if d_conds and d_conds[0] is not None:
+        d_cond = torch.cat(cast("list[Tensor]", d_conds))
+        d_cond = d_cond.sum(0, keepdim=True) if cond.shape[0] == 1 and d_cond.shape[0] > 1 else d_cond
+    if needs_cond and d_cond is None:
+        d_cond = torch.zeros_like(cond, dtype=torch.float32)
+    return d_cond, given
+
+
+def _film_bwd(
+    field: Parameters,
+    own: Encoded,
+    d: Tensor,
+    given: Given,
+    needs_cond: bool,
+    needs_weights: bool,
+    net: plan.Network,
+) -> Tensor | None:
+    """d_cond [E, B, C] from d [E, B, 2 sum HP] of cond's share of FiLM."""
+    if needs_weights:
+        given.film_bias = d.sum(1)
+    if own.cond is None or own.encoded is None:
+        return None
+    d = d.to(product_dtype(net))
+    if needs_weights:
+        with exact_products(net.precision):
+            given.film_cond = batched_product(own.encoded.mT, d)
+    d_pre = torch.empty_like(own.encoded)
+    dense_bwd(d, field.films, d_pre, net.precision, net.activation, pre=own.cond.pres[-1], **_film_rows(field, net))
+    given.encoder, d_cond = own.cond.backward(d_pre, needs_weights, needs_cond)
+    return d_cond
+
+
+def _time_bwd(field: Parameters, own: Encoded, found: Gradients, part: slice, given: Given, net: plan.Network) -> None:
+    """What the weights of time and its MLP get."""
+    assert found.sums is not None
+    film, d_pre = net.norm == "film", None
+    if own.features is not None:
+        inputs = field.films if film else field.layers[:1]
+        d = cast("Tensor", found.film_time if film else found.sums.table)[part]
+        with exact_products("fp32"):
+            product = batched_product(own.features.mT.expand(d.shape[0], -1, -1), d)
+        if film:
+            ends = [2 * (off + hp) for off, hp in zip(net.offsets, net.padded, strict=True)]
+            given.film_time = [product[..., end - 2 * hp : end] for end, hp in zip(ends, net.padded, strict=True)]
+        else:
+            given.time = product
+        if own.time is not None:
+            d_pre, pre = torch.empty_like(own.features), own.time.pres[-1]
+            dense_bwd(d, inputs, d_pre, "fp32", net.activation, pre=pre, **time_rows(inputs, net))
+    else:
+        given.film_time = [film[part] for film in found.sums.films]
+        given.time = None if found.sums.time is None else found.sums.time[part]
+        d_pre = None if found.features is None else found.features[part]
+    if own.time is not None and d_pre is not None:
+        given.mlp = own.time.backward(d_pre, True, False)[0]
