@@ -107,6 +107,9 @@ class _Call:
             )
         self.walk = (times, num_steps, method)
         self.shared = not isinstance(times[0], Tensor)
+        if isinstance(times[0], Tensor):
+            members, evaluations = self.width * len(self.parts), num_steps * plan.evaluations(method)
+            self.net = plan.film_rows(self.net, members, times[0].shape[1], evaluations)
         self.encoded: list[Encoded] = []
 
     def prepare(self, keep: bool = False) -> Prepared:

@@ -363,7 +363,7 @@ def arguments(
     packed = "*bf16" if net.precision == "bf16" else "*fp32"
     types = {}
     for name in function.arg_names:
-        if name in _STORED:
+        if name in _STORED or (name == "film_time_ptr" and net.time_embedding == "rows"):
             types[name] = packed
         elif name.endswith("_ptr"):
             types[name] = _POINTERS.get(name, "*fp32")

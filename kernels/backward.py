@@ -168,6 +168,8 @@ def backward_kernel(
         if NET.TABLE:
             p_time = time_ptr + (i_e * n_v + i) * HP
             p_film_time = film_time_ptr + (i_e * n_v + i) * (2 * SUM)
+        elif NET.TIME == "rows":
+            p_film_time = film_time_ptr + (i_e * n_v + i) * M * (2 * SUM)
         inputs = (
             b_tf,
             p_t,

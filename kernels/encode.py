@@ -330,7 +330,8 @@ def dense_bwd(
     """dx = sum of d W^T over the layers, times the derivative of the activation in front of them.
 
     Args:
-        d: [E, R, copies sum padded], members any number of rows apart, or the workspace of `backward` that `of` describes.
+        d: [E, R, copies sum padded], members any number of rows apart; or the workspace of `backward` that `of`
+            describes.
         layers, rows, copies, padded: as for `dense`.
         dx: [E, R, K] result, its last two axes dense.
         pre: [E, R, >= K] what the activation in front took, likewise.
@@ -343,7 +344,11 @@ def dense_bwd(
         dx if pre is None else pre,
         dx,
         dx.new_empty(0, dtype=stored_as(precision)),
-        *((r, r, 0, e, r, d.stride(0) // d.stride(1)) if of is None else (of.count, r, of.first, of.members, of.padded, of.rows)),
+        *(
+            (r, r, 0, e, r, d.stride(0) // d.stride(1))
+            if of is None
+            else (of.count, r, of.first, of.members, of.padded, of.rows)
+        ),
         0 if pre is None else pre.stride(0),
         dx.stride(0),
         PRE=0 if pre is None else pre.stride(1),

@@ -29,9 +29,9 @@ def integrate_fwd_kernel(
     t_1_ptr,
     c_ptr,  # [E, B, HP[0]] cond's share of the first layer
     time_ptr,  # [E, V K, HP[0]] time's share of it plus bias, or [E, 1, HP[0]] the bias alone
-    feat_ptr,  # [V K, E, M, TP] time features where TIME is "given"
+    feat_ptr,  # [V K, E, M, TP] time features where TIME is "given" or "rows"
     film_ptr,  # [E, B, 2 sum HP] cond's share of FiLM
-    film_time_ptr,  # [E, V K, 2 sum HP] time's share of FiLM
+    film_time_ptr,  # [E, V K, 2 sum HP] time's share of FiLM, or [E, V K, M, 2 sum HP] where TIME is "rows"
     w_feat_ptr,  # see network_fwd
     w_time_ptr,
     w_film_ptr,
@@ -130,6 +130,8 @@ def integrate_fwd_kernel(
         if NET.TABLE:
             p_time = time_ptr + (i_e * evaluations + i) * HP
             p_film_time = film_time_ptr + (i_e * evaluations + i) * (2 * SUM)
+        elif NET.TIME == "rows":
+            p_film_time = film_time_ptr + (i_e * evaluations + i) * M * (2 * SUM)
         r_p = r_m
         if SAVE:
             r_p = i_e * R_P + i * MP + i_b * BM
@@ -194,7 +196,7 @@ def time_features(b_t, p_t, o_s, o_t, DTYPE: tl.constexpr, NET: tl.constexpr):
     TP: tl.constexpr = NET.TP
     if NET.TABLE:
         return tl.zeros([BM, TP], DTYPE)
-    elif NET.TIME == "given":
+    elif NET.TIME == "given" or NET.TIME == "rows":
         return tl.load(p_t + o_s[:, None] * TP + o_t[None, :])
     else:
         return cast(embed_time(b_t, o_t, NET), DTYPE, NET)

@@ -123,13 +123,16 @@ def matching_fwd_kernel(
     b_f = cast(embed_state(b_x, o_f, low, high, std, NET), DTYPE, NET)
     p_f = feat_ptr + i_e * M * NET.TP
     b_tf = time_features(b_t, p_f, o_s, o_t, DTYPE, NET)
+    p_film_time = film_time_ptr
+    if NET.TIME == "rows":
+        p_film_time = film_time_ptr + i_e * M * (2 * (NET.OFF[NET.L - 1] + NET.HP[NET.L - 1]))
     inputs = (
         b_tf,
         p_f,
         c_ptr + i_e * (M // samples) * HP,
         time_ptr + i_e * HP,
         film_ptr + i_e * film_stride_e,
-        film_time_ptr,
+        p_film_time,
         o_c,
         o_s,
         film_stride_b,

@@ -20,7 +20,7 @@ of `pack.Packed`, in its order. `inputs` are what an evaluation adds to the stat
     p_c            to cond's share of the first layer, rows o_c
     p_time         to [HP[0]]: bias, with a table time's share as well
     p_film         to cond's share of [scale, shift] of every layer, rows o_c of film_stride
-    p_film_time    to a table's share of them
+    p_film_time    to a table's share of them, or to every row's
     o_c, o_s       [BM] rows of cond and of time features
     film_stride
 """
@@ -330,6 +330,11 @@ def affine(o_n, norm, inputs, NET: tl.constexpr, HP: tl.constexpr):
         if NET.TABLE:
             b_g += tl.load(p_film_time + o_n)[None, :]
             b_s += tl.load(p_film_time + HP + o_n)[None, :]
+        elif NET.TIME == "rows":
+            SUM: tl.constexpr = NET.OFF[NET.L - 1] + NET.HP[NET.L - 1]
+            p_ft = p_film_time + o_s[:, None].to(tl.int64) * (2 * SUM) + o_n[None, :]
+            b_g += tl.load(p_ft).to(tl.float32)
+            b_s += tl.load(p_ft + HP).to(tl.float32)
         else:
             # Read again for every tile: kept in registers they would be there all along.
             o_t = tl.arange(0, TP)

@@ -49,8 +49,9 @@ class Prepared(NamedTuple):
     time: Tensor  # [E, N, HP[0]] float32: bias and time's share at every evaluation; N = 1: the bias alone
     features: Tensor | None  # [N, E, B S, TP] time features of every row where the kernels do not embed times
     film: Tensor | None  # [E, B or 1, 2 sum HP] cond's share of FiLM, bias included
-    film_time: Tensor | None  # [E, N, 2 sum HP] float32: time's share of FiLM at every evaluation
-    # [E, N B S, TP] what the last activation in front of `features` took, for the way back: no kernel reads it.
+    # Time's share of FiLM at every evaluation: [E, N, 2 sum HP] float32, or every row's [E, N, B S, 2 sum HP].
+    film_time: Tensor | None
+    # [E, N B S, >= T] what the last activation in front of `features` took, for the way back: no kernel reads it.
     features_pre: Tensor | None = None
 
     def pointers(self, unused: Tensor) -> tuple[Tensor, ...]:
@@ -64,6 +65,7 @@ class Prepared(NamedTuple):
             cond=None if self.cond is None else self.cond[:, rows].contiguous(),
             features=None if self.features is None else self.features[:, :, some].contiguous(),
             film=self.film if self.film is None or self.film.shape[1] == 1 else self.film[:, rows],
+            film_time=None if self.film_time is None else self.film_time[:, :, some].contiguous(),
             features_pre=None if self.features_pre is None else self.features_pre[:, some],
         )
 
@@ -99,7 +101,7 @@ def pack(fields: Sequence[Parameters], shared: bool, net: plan.Network) -> Packe
     packed = Packed(
         w_feat=empty(e, fp, hp[0], dtype=dtype),
         w_time=empty(0 if shared or film else e, tp, hp[0], dtype=dtype),
-        w_film=empty(0 if shared or not film else e * tp * 2 * total, dtype=dtype),
+        w_film=empty(e * tp * 2 * total if _multiplies_films(shared, net) else 0, dtype=dtype),
         w_hidden=empty(e * (net.weight_offsets[-1] + net.inputs_padded[-1] * hp[-1]), dtype=dtype),
         b_hidden=empty(e * total),
         scale=empty(e * total if norms else 0),
@@ -114,6 +116,11 @@ def pack(fields: Sequence[Parameters], shared: bool, net: plan.Network) -> Packe
     return packed
 
 
+def _multiplies_films(shared: bool, net: plan.Network) -> bool:
+    """Whether a kernel multiplies time features with FiLM's weights."""
+    return net.norm == "film" and net.time_embedding != "rows" and not shared
+
+
 def _fold_network(field: Parameters, packed: Packed, first: int, members: int, shared: bool, net: plan.Network) -> None:
     """All layers of a field into its members' places, in one launch."""
     film = net.norm == "film"
@@ -122,7 +129,8 @@ def _fold_network(field: Parameters, packed: Packed, first: int, members: int, s
     pairs = [(w.contiguous(), b.contiguous()) for w, b in field.layers[1:]]
     normed = net.norm in ("after", "before")
     norms = [(s.contiguous(), t.contiguous()) for s, t in field.norms] if normed else pairs
-    films = [w.contiguous() for w, _ in field.films] if film and not shared else [weight]
+    multiplied = _multiplies_films(shared, net)
+    films = [w.contiguous() for w, _ in field.films] if multiplied else [weight]
     columns = 32
     blocks = max(-(-width // columns) for width in (*net.padded, net.state_padded))
     fold_network_kernel[(blocks, net.layers + 1, weight.shape[0])](
@@ -141,7 +149,7 @@ def _fold_network(field: Parameters, packed: Packed, first: int, members: int, s
         **input_rows(net),
         NORM=("fold" if net.fold else "keep") if normed else "none",
         TIME=not shared and not film,
-        FILM=films[0].shape[1] if film and not shared else 0,
+        FILM=films[0].shape[1] if multiplied else 0,
         BI=64,
         BN=columns,
         num_warps=4,

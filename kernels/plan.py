@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from dataclasses import astuple, dataclass
@@ -39,7 +40,8 @@ class Network:
     low: float
     high: float
     sigma: float  # standard deviation of hl_gauss in edge spacings
-    time_embedding: str  # raw | cosine | cosine_fourier | power_fourier | given (computed outside)
+    # raw | cosine | cosine_fourier | power_fourier | given (computed outside) | rows (FiLM's share of them as well)
+    time_embedding: str
     time_features: int
     prediction: str  # velocity | endpoint | noise
     output_scale: float
@@ -426,6 +428,13 @@ def stores(net: Network, members: int, rows: int, evaluations: int) -> bool:
     """The memory rule: whether a walk's activations are stored for the backward pass, or computed again by it."""
     kept = 1 if net.fold else 2  # pre-activations; without FOLD the outputs as well
     return members * padded_rows(rows) * evaluations * sum(net.padded) * kept * net.element_size <= STORE_BYTES
+
+
+def film_rows(net: Network, members: int, rows: int, evaluations: int) -> Network:
+    """The network of a call whose rows have times of their own: FiLM's share of them comes from one product in front of
+    the kernel while it takes no more memory than STORE_BYTES, else every program multiplies by FiLM's weights again."""
+    size = members * rows * evaluations * 2 * sum(net.padded) * net.element_size
+    return dataclasses.replace(net, time_embedding="rows") if net.norm == "film" and size <= STORE_BYTES else net
 
 
 def backward_part(net: Network, members: int, rows: int, evaluations: int, per_step: int, stored: bool) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import plan
 from .encode import Chain, Times, dense, dense_bwd, embed_times, time_rows
@@ -75,8 +76,11 @@ def prepare(
     table = empty(e, n, net.padded[0], dtype=torch.float32) if shared and not film else bias
     films = empty(e, cond.shape[1] if net.cond_dim else 1, total) if film else None
     film_time = empty(e, n, total, dtype=torch.float32) if film and shared else None
-    features = None if shared else empty(n, e, rows, net.time_padded)
-    pre = empty(e, n * rows, net.time_padded) if keep and fields[0].time and not shared else None
+    film_rows = empty(e, n, rows, total) if net.time_embedding == "rows" and not shared else None
+    features = None if shared or film_rows is not None else empty(n, e, rows, net.time_padded)
+    width = net.time_padded if film_rows is None else net.time_features
+    pre = empty(e, n * rows, width) if keep and fields[0].time and not shared else None
+    by_field = []  # features of every field's rows, where `film_rows` is made of them
     walk = (times, num_steps, method, embedding, cond.device)
     first = 0
     for field, own in zip(fields, encoded, strict=True):
@@ -84,6 +88,14 @@ def prepare(
         first = part.stop
         if features is not None:
             _rows_times(field, walk, features[:, part], None if pre is None else pre[part], part, own, keep, net)
+        elif film_rows is not None:
+            x = _embedded(walk, dtype, part)
+            if field.time:
+                own.time = Chain(field.time, net.activation, net.precision)
+                x = own.time.forward(x, pre=None if pre is None else pre[part], keep=keep)
+            to = film_rows[part].transpose(0, 1)
+            dense(x, field.films, to, net.precision, bias=False, **time_rows(field.films, net))
+            by_field.append(x.expand(part.stop - part.start, -1, -1))
         else:
             to, inputs = (table, field.layers[:1]) if film_time is None else (film_time, field.films)
             _table(inputs, field.time, walk, to[None, part], part, own, keep, net)
@@ -94,7 +106,12 @@ def prepare(
                 some = of_field(cond, part.start, part.stop - part.start).contiguous()
                 x = own.encoded = own.cond.forward(some, keep=keep)
             dense(x, field.films, films[None, part], net.precision, bias=True, **_film_rows(field, net))
-    return Prepared(c, table, features, films, film_time, pre), encoded
+    if film_rows is not None and keep:
+        # On the way back FiLM's weights are multiplied with features.
+        x = by_field[0] if len(by_field) == 1 else torch.cat(by_field)
+        x = F.pad(x, (0, net.time_padded - net.time_features)) if net.time_padded > net.time_features else x
+        features = x.unflatten(1, (n, rows)).transpose(0, 1).contiguous()
+    return Prepared(c, table, features, films, film_time if film_rows is None else film_rows, pre), encoded
 
 
 def _film_rows(field: Parameters, net: plan.Network) -> dict[str, Any]:
