@@ -53,9 +53,12 @@ def kernels_us(
     """
     net, members = network(case.spec, precision), case.spec.ensemble or 1
     rows, evaluations = members * case.rows, case.evaluations
+    own_times = case.end_times or case.kind != "integrate"
+    if own_times:
+        net = plan.film_rows(net, members, case.rows, evaluations)
     forward = "integrate_fwd" if case.kind == "integrate" else "matching_fwd"
     stored = plan.stores(net, members, case.rows, evaluations)
-    options: dict[str, Any] = {"members": members, "own_times": case.end_times or case.kind != "integrate"}
+    options: dict[str, Any] = {"members": members, "own_times": own_times}
     save = bool(case.gradient) and stored
     if designs is None:
         chosen = {forward: roofline.built(net, rows, machine, forward, save=save, **options)}
@@ -71,7 +74,7 @@ def kernels_us(
         cost += roofline.predict(back, "backward", net, rows, evaluations, machine, **options)
         if not stored:
             cost += roofline.predict(chosen[forward], forward, net, rows, evaluations, machine, **options)
-    seconds = cost.seconds
+    seconds = cost.seconds + (1 + bool(case.gradient)) * roofline.prepared(net, rows, evaluations, machine)
     if "parameters" in case.gradient:
         seconds += roofline.weight_gradients(net, rows, evaluations, machine)
     return 1e6 * seconds, chosen

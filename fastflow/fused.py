@@ -102,9 +102,8 @@ class _Call:
         if times is None:  # the kernel embeds what it draws: nothing is prepared of it
             times = (cond.new_empty((1, 0)),) * 2
         elif isinstance(times[0], Tensor):
-            times = cast(
-                "tuple[Tensor, Tensor]", tuple(t.float().flatten(1) for t in cast("tuple[Tensor, Tensor]", times))
-            )
+            start, end = cast("tuple[Tensor, Tensor]", times)
+            times = start.float().flatten(1), end.float().flatten(1)
         self.walk = (times, num_steps, method)
         self.shared = not isinstance(times[0], Tensor)
         if isinstance(times[0], Tensor):

@@ -81,7 +81,7 @@ UNET = dataclasses.replace(
     ACTOR,
     **dict(state_dim=4, state_features=4, cond_dim=6, activation="mish", norm="film"),
     **dict(hidden=(512,) * 6, inputs=((), (0,), (1,), (2,), (3, 1), (4, 0)), add=(-1,) * 6),
-    **dict(time_embedding="given", time_features=256),
+    **dict(time_embedding="rows", time_features=256),
 )
 FPO = _chain(
     ACTOR,
@@ -105,6 +105,7 @@ FIELDS = {
     "td-flow": UNET,
     "td-flow-tf32": dataclasses.replace(UNET, precision="tf32"),
     "td-flow-1024": dataclasses.replace(UNET, hidden=(1024,) * 6),
+    "td-flow-many-rows": dataclasses.replace(UNET, time_embedding="given"),
     "fpo": FPO,
     "fpo++": _chain(FPO, *(256,) * 3, state_dim=12, state_features=12, cond_dim=48, activation="elu"),
     "fpo++-tracking": _chain(FPO, 1024, 512, 256, state_dim=29, state_features=29, cond_dim=160, activation="elu"),
@@ -146,6 +147,10 @@ _USED = {
     "td-flow": (
         *("integrate_fwd", "integrate_fwd-midpoint-rows", "matching_fwd-keep-save"),
         *("backward-loss-weights", "backward-recompute-weights", "backward-recompute-weights-midpoint-rows"),
+    ),
+    "td-flow-many-rows": (
+        *("integrate_fwd-midpoint-rows", "matching_fwd-keep-save", "backward-loss-weights"),
+        "backward-recompute-weights-midpoint-rows",
     ),
     "fpo": (*_BASE, "integrate_fwd-noise", "matching_fwd-draw-keep-save"),
     "fpo++": (*_BASE, "integrate_fwd-noise", "matching_fwd-draw-keep-save", "walk_group"),
@@ -361,6 +366,9 @@ def arguments(
         "walk_group": walk_group_kernel,
     }[base]
     packed = "*bf16" if net.precision == "bf16" else "*fp32"
+    per_row = base == "matching_fwd" or "loss" in flags or "rows" in flags
+    if net.time_embedding == "rows" and not per_row:
+        net = dataclasses.replace(net, time_embedding="given")
     types = {}
     for name in function.arg_names:
         if name in _STORED or (name == "film_time_ptr" and net.time_embedding == "rows"):
@@ -369,7 +377,6 @@ def arguments(
             types[name] = _POINTERS.get(name, "*fp32")
         else:
             types[name] = "i32" if name in _INTEGERS or "_stride_" in name else "fp32"
-    per_row = base == "matching_fwd" or "loss" in flags or "rows" in flags
     method = next((m for m in ("midpoint", "heun") if m in flags), "euler")
     arithmetic = "fast" if net.precision == "bf16" and arch != plan.GFX942 else "exact"
     values = {
@@ -767,6 +774,9 @@ def describe(net: plan.Network) -> str:
         "before": "LayerNorm before the activation",
         "film": "U-Net with FiLM",
     }
+    if net.norm == "film":
+        behind = "by row in front of the kernel" if net.time_embedding == "rows" else "within it"
+        kind["film"] += f", time's share of it {behind}"
     residual = f", residual blocks of {net.residual}" if max(net.add) >= 0 else ""
     return (
         f"{net.state_dim} dimension{'s' * (net.state_dim > 1)}, hidden {widths}{residual}, {net.activation}, "

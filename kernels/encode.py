@@ -109,20 +109,24 @@ class Dense(NamedTuple):
     OFF: tuple[int, ...]  # padded columns of a block before the weight's own
 
 
-@triton.jit(do_not_specialize=["M", "R", "x_stride", "y_stride_n", "y_stride"])
+@triton.jit(do_not_specialize=["M", "R", "samples", "x_stride", "y_stride_n", "y_stride", "add_stride"])
 def dense_kernel(
     x_ptr,  # [1 or E, R, K] for R rows (evaluation, row)
     weights,  # [E, ROWS, COPIES H]
     biases,  # [E, COPIES H], with BIAS
     y_ptr,  # [N, E, M, COPIES sum HP], evaluations and members these strides apart
     pre_ptr,  # [E, R, COPIES sum HP] the same before the activation, with SAVE
+    add_ptr,  # [E, M / samples, COPIES sum HP] float32, added to every evaluation with ADD
     stored_ptr,  # of the type that operands are rounded to
     M,
-    R,
+    R,  # N M
+    samples,
     x_stride,
     y_stride_n,
     y_stride,
+    add_stride,
     BIAS: tl.constexpr,
+    ADD: tl.constexpr,
     SAVE: tl.constexpr,
     NET: tl.constexpr,
     BM: tl.constexpr,
@@ -155,12 +159,16 @@ def dense_kernel(
                 b_acc += product(cast(b_x, DTYPE, NET), cast(b_w, DTYPE, NET), NET)
             if BIAS:
                 b_acc += tl.load(biases[p] + i_e * COLUMNS + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-            o_out = (o_m // M).to(tl.int64) * y_stride_n + i_e * y_stride
             SUM: tl.constexpr = NET.COPIES * (NET.OFF[P - 1] + NET.HP[P - 1])
-            o_out = (o_out + (o_m % M).to(tl.int64) * SUM)[:, None] + (NET.COPIES * NET.OFF[p] + o_y)[None, :]
+            o_column = (NET.COPIES * NET.OFF[p] + o_y)[None, :]
             m_y = m_m & (o_y < NET.COPIES * HP)[None, :]
+            if ADD:
+                p_add = add_ptr + i_e * add_stride + (o_m % M // samples)[:, None].to(tl.int64) * SUM + o_column
+                b_acc += tl.load(p_add, mask=m_y, other=0.0)
+            o_out = (o_m // M).to(tl.int64) * y_stride_n + i_e * y_stride
+            o_out = (o_out + (o_m % M).to(tl.int64) * SUM)[:, None] + o_column
             if SAVE:
-                p_pre = pre_ptr + (i_e * R + o_m[:, None]) * SUM + (NET.COPIES * NET.OFF[p] + o_y)[None, :]
+                p_pre = pre_ptr + (i_e * R + o_m[:, None]) * SUM + o_column
                 tl.store(p_pre, cast(b_acc, pre_ptr.dtype.element_ty, NET), mask=m_y)
             if NET.ACT != "":
                 b_acc = activate(b_acc, NET)
@@ -196,7 +204,7 @@ def through_weight(
 def dense_bwd_kernel(
     d_ptr,  # [n_e, d_all, COPIES sum HP], or with STACKED one weight's [n_e, d_all, COPIES HP] behind the other's
     weights,  # see `dense_kernel`
-    pre_ptr,  # [E, R, PRE] what the activation in front took, of which K columns count, with ACT
+    pre_ptr,  # [E, R, K] what the activation in front took, with ACT
     dx_ptr,  # [E, R, K] result for R rows (evaluation, row)
     stored_ptr,  # of the type that operands are rounded to
     M,
@@ -207,7 +215,6 @@ def dense_bwd_kernel(
     d_all,
     pre_stride,  # of members
     dx_stride,
-    PRE: tl.constexpr,
     STACKED: tl.constexpr,
     NET: tl.constexpr,
     BM: tl.constexpr,
@@ -237,9 +244,7 @@ def dense_bwd_kernel(
         )
     m_x = m_m & m_k[None, :]
     if NET.ACT != "":
-        b_pre = tl.load(
-            pre_ptr + i_e * pre_stride + o_m[:, None].to(tl.int64) * PRE + o_k[None, :], mask=m_x, other=0.0
-        )
+        b_pre = tl.load(pre_ptr + i_e * pre_stride + o_m[:, None].to(tl.int64) * K + o_k[None, :], mask=m_x, other=0.0)
         b_acc = b_acc * activate_grad(b_pre.to(tl.float32), NET)[1]
     o_x = i_e * dx_stride + o_m[:, None].to(tl.int64) * K + o_k[None, :]
     tl.store(dx_ptr + o_x, cast(b_acc, dx_ptr.dtype.element_ty, NET), mask=m_x)
@@ -279,8 +284,9 @@ def dense(
     copies: int = 1,
     padded: Sequence[int] = (),
     pre: Tensor | None = None,
+    add: Tensor | None = None,
 ) -> None:
-    """y = activation(x W + b), of several layers side by side.
+    """y = activation(x W + b + add), of several layers side by side.
 
     Args:
         x: [1 or E, N M, K], contiguous.
@@ -289,6 +295,7 @@ def dense(
         rows: the weights' first and last row that count; None for all.
         copies, padded: a weight's blocks of columns and the widths they are padded to.
         pre: [E, N M, copies sum padded] result before the activation.
+        add: [E, B, copies sum padded] float32, its last two axes dense; M is B or, of samples, a multiple of it.
     """
     n, e, m, _ = y.shape
     net = _dense_net(layers, precision, activation, rows, copies, padded)
@@ -298,13 +305,17 @@ def dense(
         tuple(b for _, b in layers),
         y,
         y if pre is None else pre,
+        y if add is None else add,
         x.new_empty(0, dtype=stored_as(precision)),
         m,
         n * m,
+        1 if add is None else m // add.shape[1],
         0 if x.shape[0] == 1 else x.stride(0),
         y.stride(0),
         y.stride(1),
+        0 if add is None else add.stride(0),
         BIAS=bias,
+        ADD=add is not None,
         SAVE=pre is not None,
         NET=net,
         BM=_BM,
@@ -334,7 +345,7 @@ def dense_bwd(
             describes.
         layers, rows, copies, padded: as for `dense`.
         dx: [E, R, K] result, its last two axes dense.
-        pre: [E, R, >= K] what the activation in front took, likewise.
+        pre: [E, R, K] what the activation in front took, likewise.
     """
     e, r, k = dx.shape
     net = _dense_net(layers, precision, activation if pre is not None else "", rows, copies, padded)
@@ -351,7 +362,6 @@ def dense_bwd(
         ),
         0 if pre is None else pre.stride(0),
         dx.stride(0),
-        PRE=0 if pre is None else pre.stride(1),
         STACKED=of is not None,
         NET=net,
         BM=_BM,
@@ -429,26 +439,25 @@ class Chain:
     activation: str
     precision: str
     inputs: list[Tensor] = field(default_factory=list)  # of every layer, [1 or E, R, K]
-    pres: list[Tensor] = field(default_factory=list)  # what every activation took, [E, R, >= H]
+    pres: list[Tensor] = field(default_factory=list)  # what every activation took, [E, R, H]
 
-    def forward(self, x: Tensor, y: Tensor | None = None, pre: Tensor | None = None, keep: bool = False) -> Tensor:
-        """x [1 or E, R, K] through all layers.
+    def forward(self, x: Tensor, pre: Tensor | None = None, keep: bool = False) -> Tensor:
+        """x [1 or E, R, K] through all layers, [E, R, H].
 
         Args:
-            y: [N, E, M, >= H] where the result goes, padded, see `dense`; None for [E, R, H] of its own.
-            pre: [E, R, >= H] where what the last activation took goes.
+            pre: [E, R, H] where what the last activation took goes.
             keep: keeps what the way back needs.
         """
         for i, (w, b) in enumerate(self.layers):
-            last = i == len(self.layers) - 1
             e, _, h = w.shape
-            out = y if last and y is not None else x.new_empty((1, e, x.shape[1], h), dtype=stored_as(self.precision))
-            before = pre if last and pre is not None else out.new_empty((e, x.shape[1], h)) if keep else None
-            dense(x, [(w, b)], out, self.precision, self.activation, padded=(out.shape[-1],), pre=before)
+            y = x.new_empty((1, e, x.shape[1], h), dtype=stored_as(self.precision))
+            last = i == len(self.layers) - 1
+            before = pre if last and pre is not None else torch.empty_like(y[0]) if keep else None
+            dense(x, [(w, b)], y, self.precision, self.activation, padded=(h,), pre=before)
             if keep and before is not None:
                 self.inputs.append(x)
                 self.pres.append(before)
-            x = out[0] if out is not y else x
+            x = y[0]
         return x
 
     def backward(self, d: Tensor, needs_weights: bool, needs_input: bool) -> tuple[list[Tensor], Tensor | None]:

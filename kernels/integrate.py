@@ -31,7 +31,7 @@ def integrate_fwd_kernel(
     time_ptr,  # [E, V K, HP[0]] time's share of it plus bias, or [E, 1, HP[0]] the bias alone
     feat_ptr,  # [V K, E, M, TP] time features where TIME is "given" or "rows"
     film_ptr,  # [E, B, 2 sum HP] cond's share of FiLM
-    film_time_ptr,  # [E, V K, 2 sum HP] time's share of FiLM, or [E, V K, M, 2 sum HP] where TIME is "rows"
+    film_time_ptr,  # [E, V K, 2 sum HP] time's share of FiLM; [E, V K, M, 2 sum HP] all of it where TIME is "rows"
     w_feat_ptr,  # see network_fwd
     w_time_ptr,
     w_film_ptr,

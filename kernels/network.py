@@ -20,7 +20,7 @@ of `pack.Packed`, in its order. `inputs` are what an evaluation adds to the stat
     p_c            to cond's share of the first layer, rows o_c
     p_time         to [HP[0]]: bias, with a table time's share as well
     p_film         to cond's share of [scale, shift] of every layer, rows o_c of film_stride
-    p_film_time    to a table's share of them, or to every row's
+    p_film_time    to a table's share of them; or to all of them, every row's, where TIME is "rows"
     o_c, o_s       [BM] rows of cond and of time features
     film_stride
 """
@@ -323,18 +323,18 @@ def affine(o_n, norm, inputs, NET: tl.constexpr, HP: tl.constexpr):
     p_scale, p_shift, p_film, p_film_time, p_w_film = norm
     _, p_t, _, _, _, _, o_c, o_s, film_stride = inputs
     TP: tl.constexpr = NET.TP
-    if NET.NORM == "film":
+    if NET.NORM == "film" and NET.TIME == "rows":
+        SUM: tl.constexpr = NET.OFF[NET.L - 1] + NET.HP[NET.L - 1]
+        p_f = p_film_time + o_s[:, None].to(tl.int64) * (2 * SUM) + o_n[None, :]
+        b_g = 1.0 + tl.load(p_f).to(tl.float32)
+        b_s = tl.load(p_f + HP).to(tl.float32)
+    elif NET.NORM == "film":
         p_f = p_film + o_c[:, None].to(tl.int64) * film_stride + o_n[None, :]
         b_g = 1.0 + tl.load(p_f).to(tl.float32)
         b_s = tl.load(p_f + HP).to(tl.float32)
         if NET.TABLE:
             b_g += tl.load(p_film_time + o_n)[None, :]
             b_s += tl.load(p_film_time + HP + o_n)[None, :]
-        elif NET.TIME == "rows":
-            SUM: tl.constexpr = NET.OFF[NET.L - 1] + NET.HP[NET.L - 1]
-            p_ft = p_film_time + o_s[:, None].to(tl.int64) * (2 * SUM) + o_n[None, :]
-            b_g += tl.load(p_ft).to(tl.float32)
-            b_s += tl.load(p_ft + HP).to(tl.float32)
         else:
             # Read again for every tile: kept in registers they would be there all along.
             o_t = tl.arange(0, TP)

@@ -49,9 +49,9 @@ class Prepared(NamedTuple):
     time: Tensor  # [E, N, HP[0]] float32: bias and time's share at every evaluation; N = 1: the bias alone
     features: Tensor | None  # [N, E, B S, TP] time features of every row where the kernels do not embed times
     film: Tensor | None  # [E, B or 1, 2 sum HP] cond's share of FiLM, bias included
-    # Time's share of FiLM at every evaluation: [E, N, 2 sum HP] float32, or every row's [E, N, B S, 2 sum HP].
+    # Time's share of FiLM at every evaluation, [E, N, 2 sum HP] float32; or all of FiLM, [E, N, B S, 2 sum HP].
     film_time: Tensor | None
-    # [E, N B S, >= T] what the last activation in front of `features` took, for the way back: no kernel reads it.
+    # [E, N B S, T] what the last activation in front of `features` took, for the way back: no kernel reads it.
     features_pre: Tensor | None = None
 
     def pointers(self, unused: Tensor) -> tuple[Tensor, ...]:

@@ -40,7 +40,7 @@ class Network:
     low: float
     high: float
     sigma: float  # standard deviation of hl_gauss in edge spacings
-    # raw | cosine | cosine_fourier | power_fourier | given (computed outside) | rows (FiLM's share of them as well)
+    # raw | cosine | cosine_fourier | power_fourier | given (computed outside) | rows (and so is FiLM of every row)
     time_embedding: str
     time_features: int
     prediction: str  # velocity | endpoint | noise
@@ -431,8 +431,8 @@ def stores(net: Network, members: int, rows: int, evaluations: int) -> bool:
 
 
 def film_rows(net: Network, members: int, rows: int, evaluations: int) -> Network:
-    """The network of a call whose rows have times of their own: FiLM's share of them comes from one product in front of
-    the kernel while it takes no more memory than STORE_BYTES, else every program multiplies by FiLM's weights again."""
+    """The network of a call whose rows have times of their own: their FiLM comes from one product in front of the
+    kernel while it takes no more memory than STORE_BYTES, else every program multiplies by FiLM's weights again."""
     size = members * rows * evaluations * 2 * sum(net.padded) * net.element_size
     return dataclasses.replace(net, time_embedding="rows") if net.norm == "film" and size <= STORE_BYTES else net
 

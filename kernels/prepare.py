@@ -74,44 +74,52 @@ def prepare(
     plain = dataclasses.replace(net, cond_dim=0) if film else net
     c, bias = first_layer(fields, cond, None, n if film and shared else 1, "euler", plain)
     table = empty(e, n, net.padded[0], dtype=torch.float32) if shared and not film else bias
-    films = empty(e, cond.shape[1] if net.cond_dim else 1, total) if film else None
+    by_row = net.time_embedding == "rows" and not shared
+    films = (
+        empty(e, cond.shape[1] if net.cond_dim else 1, total, dtype=torch.float32 if by_row else dtype)
+        if film
+        else None
+    )
     film_time = empty(e, n, total, dtype=torch.float32) if film and shared else None
-    film_rows = empty(e, n, rows, total) if net.time_embedding == "rows" and not shared else None
-    features = None if shared or film_rows is not None else empty(n, e, rows, net.time_padded)
-    width = net.time_padded if film_rows is None else net.time_features
-    pre = empty(e, n * rows, width) if keep and fields[0].time and not shared else None
-    by_field = []  # features of every field's rows, where `film_rows` is made of them
+    film_rows = empty(e, n, rows, total) if by_row else None
+    features: list[Tensor] = []
+    pre = empty(e, n * rows, net.time_features) if keep and fields[0].time and not shared else None
     walk = (times, num_steps, method, embedding, cond.device)
     first = 0
     for field, own in zip(fields, encoded, strict=True):
         part = slice(first, first + field.layers[0][0].shape[0])
         first = part.stop
-        if features is not None:
-            _rows_times(field, walk, features[:, part], None if pre is None else pre[part], part, own, keep, net)
-        elif film_rows is not None:
-            x = _embedded(walk, dtype, part)
-            if field.time:
-                own.time = Chain(field.time, net.activation, net.precision)
-                x = own.time.forward(x, pre=None if pre is None else pre[part], keep=keep)
-            to = film_rows[part].transpose(0, 1)
-            dense(x, field.films, to, net.precision, bias=False, **time_rows(field.films, net))
-            by_field.append(x.expand(part.stop - part.start, -1, -1))
-        else:
+        if films is not None:
+            _cond_films(field, cond, films, part, own, keep, net)
+        if shared:
             to, inputs = (table, field.layers[:1]) if film_time is None else (film_time, field.films)
             _table(inputs, field.time, walk, to[None, part], part, own, keep, net)
-        if films is not None:
-            x = films  # of which nothing is read without cond
-            if net.cond_dim:
-                own.cond = Chain(field.encoder, net.activation, net.precision)
-                some = of_field(cond, part.start, part.stop - part.start).contiguous()
-                x = own.encoded = own.cond.forward(some, keep=keep)
-            dense(x, field.films, films[None, part], net.precision, bias=True, **_film_rows(field, net))
-    if film_rows is not None and keep:
-        # On the way back FiLM's weights are multiplied with features.
-        x = by_field[0] if len(by_field) == 1 else torch.cat(by_field)
-        x = F.pad(x, (0, net.time_padded - net.time_features)) if net.time_padded > net.time_features else x
-        features = x.unflatten(1, (n, rows)).transpose(0, 1).contiguous()
-    return Prepared(c, table, features, films, film_time if film_rows is None else film_rows, pre), encoded
+            continue
+        x = _rows_times(field, walk, None if pre is None else pre[part], part, own, keep, net)
+        if film_rows is not None:
+            to, add = film_rows[part].transpose(0, 1), cast("Tensor", films)[part]
+            dense(x, field.films, to, net.precision, bias=False, add=add, **time_rows(field.films, net))
+        if keep or not by_row:
+            # On the way back FiLM's weights are multiplied with them too.
+            padded = F.pad(x, (0, net.time_padded - net.time_features)) if net.time_padded > net.time_features else x
+            own_rows = padded.unflatten(1, (n, rows)).transpose(0, 1)
+            features.append(own_rows.expand(-1, part.stop - part.start, -1, -1))
+    if by_row:
+        films, film_time = None, film_rows
+    joined = torch.cat(features, dim=1) if len(features) > 1 else features[0].contiguous() if features else None
+    return Prepared(c, table, joined, films, film_time, pre), encoded
+
+
+def _cond_films(
+    field: Parameters, cond: Tensor, films: Tensor, part: slice, own: Encoded, keep: bool, net: plan.Network
+) -> None:
+    """cond's share of FiLM, with its bias."""
+    x = films  # of which nothing is read without cond
+    if net.cond_dim:
+        own.cond = Chain(field.encoder, net.activation, net.precision)
+        some = of_field(cond, part.start, part.stop - part.start).contiguous()
+        x = own.encoded = own.cond.forward(some, keep=keep)
+    dense(x, field.films, films[None, part], net.precision, bias=True, **_film_rows(field, net))
 
 
 def _film_rows(field: Parameters, net: plan.Network) -> dict[str, Any]:
@@ -138,24 +146,18 @@ def _embedded(walk: tuple[Any, ...], dtype: torch.dtype, part: slice) -> Tensor:
 def _rows_times(
     field: Parameters,
     walk: tuple[Any, ...],
-    features: Tensor,
     pre: Tensor | None,
     part: slice,
     own: Encoded,
     keep: bool,
     net: plan.Network,
-) -> None:
-    """Every row's time features into [N, E, M, TP]."""
-    times, num_steps, method, embedding, _ = walk
-    if field.time:
-        own.time = Chain(field.time, net.activation, net.precision)
-        own.time.forward(_embedded(walk, features.dtype, part), features, pre, keep)
-    elif isinstance(embedding, Tensor):
-        features.zero_()
-        features[..., : net.time_features] = of_field(embedding, part.start, part.stop - part.start, axis=1)
-    else:
-        some = tuple(of_field(t, part.start, part.stop - part.start) for t in times)
-        embed_times(cast("Ends", some), num_steps, method, embedding, features)
+) -> Tensor:
+    """Every row's time features, [1 or E, N M, T]."""
+    x = _embedded(walk, product_dtype(net), part)
+    if not field.time:
+        return x
+    own.time = Chain(field.time, net.activation, net.precision)
+    return own.time.forward(x, pre=pre, keep=keep)
 
 
 def _table(

@@ -229,7 +229,7 @@ def layers(net: Network, kernel: str, save: bool = False, own_times: bool = Fals
         if film:
             layer = replace(layer, extra=layer.extra + 2 * size * width)
         found.append(replace(layer, instructions=layer.instructions + second))
-        if film and own_times:
+        if film and own_times and net.time_embedding != "rows":
             found.append(Layer(net.time_padded, 2 * width, 0, 0, 2))
     return [*found, Layer(hp[-1], max(16, net.state_padded), 0, 0, 4)]
 
@@ -547,6 +547,15 @@ def _narrow(
 def around(launches: int, machine: Machine) -> float:
     """Seconds of so many small kernels in a CUDA graph, each too small to take longer than its launch."""
     return launches * machine.node
+
+
+def prepared(net: Network, rows: int, evaluations: int, machine: Machine) -> float:
+    """Seconds of the product in front of a kernel that takes every row's time features to FiLM, where there is one."""
+    if net.time_embedding != "rows":
+        return 0.0
+    outputs = rows * evaluations * 2 * sum(net.padded)
+    flops = 2 * outputs * net.time_features
+    return max(flops / (machine.rate(net.precision) * LIBRARY_EFFICIENCY), outputs * net.element_size / machine.memory)
 
 
 def weight_gradients(net: Network, rows: int, evaluations: int, machine: Machine) -> float:
