@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -313,6 +313,16 @@ def worst(errors: dict[str, float]) -> float:
     return max(math.inf if math.isnan(e) else e for e in errors.values())
 
 
+class PlainPass(NamedTuple):
+    """One pass of a plain network, Dense -> activation -> optional LayerNorm, then Dense."""
+
+    widths: tuple[int, ...]
+    norm: bool
+    members: int
+    rows: int
+    gradient: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class UpdateCase:
     """Whole updates of floq on one environment's sizes, with `options` in place of the published defaults."""
@@ -377,6 +387,19 @@ class UpdateCase:
             Case("", "", "matching", critic, b, s, gradient=PARAMETERS),
             Case("", "", "integrate", actor, b, None, c.flow_steps),
             Case("", "", "matching", actor, b, gradient=PARAMETERS),
+        ]
+
+    @property
+    def plain(self) -> list[PlainPass]:
+        """The passes of its plain networks, the one-step actor and the distilled critic."""
+        c = self.config()
+        o, a, b, s = self.obs_dim, self.action_dim, c.batch_size, c.noise_samples
+        actor, value = (o + a, *c.actor_hidden_dims, a), (o + a, *c.value_hidden_dims, 1)
+        return [
+            PlainPass(actor, c.actor_layer_norm, 1, b * s),
+            PlainPass(actor, c.actor_layer_norm, 1, b, PARAMETERS),
+            PlainPass(value, c.layer_norm, c.num_ensembles, b, PARAMETERS),
+            PlainPass(value, c.layer_norm, c.num_ensembles, b, ("cond",)),
         ]
 
     @property

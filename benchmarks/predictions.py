@@ -30,9 +30,11 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks import launches
-from benchmarks.cases import CASES, Case, UpdateCase
+from benchmarks.cases import CASES, Case, PlainPass, UpdateCase
 from benchmarks.gpu_updates import GPU_UPDATES, Td2UpdateCase
 from benchmarks.rivals import fused
+from fastflow import fused_dense
+from fastflow.dense import Kind
 from fastflow.fused import network
 from fastflow.kernels import plan, roofline
 from fastflow.kernels.roofline import Machine
@@ -80,6 +82,20 @@ def kernels_us(
     return 1e6 * seconds, chosen
 
 
+def plain_us(case: PlainPass, machine: Machine, precision: str) -> float:
+    """Microseconds of a plain network's kernels and weight gradients, by the design that runs."""
+    net = fused_dense.network(Kind(case.widths, True, "gelu_tanh", case.norm, 1e-6, precision))
+    rows, save = case.members * case.rows, bool(case.gradient)
+    options: dict[str, Any] = {"members": case.members, "save": save}
+    design = roofline.built(net, rows, machine, **options)
+    seconds = roofline.predict(design, "integrate_fwd", net, rows, 1, machine, **options).seconds
+    if case.gradient:
+        seconds += roofline.predict("rows", "backward", net, rows, 1, machine, members=case.members).seconds
+    if "parameters" in case.gradient:
+        seconds += roofline.weight_gradients(net, rows, 1, machine)
+    return 1e6 * seconds
+
+
 def floor_us(flops: int, moved: int, machine: Machine, precision: str) -> float:
     """The least time that FLOPs and bytes leave."""
     return 1e6 * max(flops / machine.rate(precision), moved / machine.memory)
@@ -115,10 +131,10 @@ def of_case(case: Case, machine: Machine, precision: str, launched: int) -> dict
 
 
 def of_update(case: UpdateCase | Td2UpdateCase, machine: Machine, precision: str, launched: int) -> dict[str, Any]:
-    """What a whole update should take in a CUDA graph: its walks and losses, plain networks at the machine's rate, and
-    everything else as launches."""
-    plain = case.plain_flops if isinstance(case, UpdateCase) else 0
-    around = 1e6 * roofline.around(launched, machine) + 1e6 * plain / machine.tf32
+    """What a whole update should take in a CUDA graph: its walks, losses and plain networks, and everything else as
+    launches."""
+    plain = sum(plain_us(each, machine, precision) for each in case.plain) if isinstance(case, UpdateCase) else 0.0
+    around = 1e6 * roofline.around(launched, machine) + plain
     built, chosen = (
         sum(kernels_us(operator, machine, precision, designs)[0] for operator in case.operators)
         for designs in (None, roofline.DESIGNS)

@@ -1,4 +1,5 @@
-"""Plain networks, Dense -> activation -> optional LayerNorm, then Dense, as one operator on the CPU.
+"""Plain networks, Dense -> activation -> optional LayerNorm, then Dense, as one operator: native code on the CPU, the
+kernels of the velocity networks on a GPU.
 
 Policies and value networks beside a flow are this; so are the encoders inside a field.
 """
@@ -13,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastflow import operators, reference
-from fastflow.kernels import cpu, plan
+from fastflow import fused_dense, operators, reference
+from fastflow.kernels import cpu, launch, plan
 
 
 class Kind(NamedTuple):
@@ -111,49 +112,71 @@ def _members(parameters: Sequence[Tensor]) -> int:
 @torch.library.custom_op(
     f"{operators.NAMESPACE}::dense_stack",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] parameters, str activation, bool norm, float eps, str precision, bool keep) -> "
-    "(Tensor y, Tensor kept)",
+    schema="(Tensor x, Tensor[] parameters, str activation, bool norm, float eps, str precision, str runner, bool keep)"
+    " -> (Tensor y, Tensor kept, Tensor stats)",
 )
 def _dense_stack(
-    x: Tensor, parameters: list[Tensor], activation: str, norm: bool, eps: float, precision: str, keep: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    parameters: list[Tensor],
+    activation: str,
+    norm: bool,
+    eps: float,
+    precision: str,
+    runner: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     kind = _kind(x, parameters, activation, norm, eps, precision)
-    return forward(x, parameters, _members(parameters), kind, keep)
+    if runner == "triton":
+        return fused_dense.forward(x, parameters, kind, keep)
+    return (*forward(x, parameters, _members(parameters), kind, keep), x.new_empty(0))
 
 
 @_dense_stack.register_fake
 def _(
-    x: Tensor, parameters: list[Tensor], activation: str, norm: bool, eps: float, precision: str, keep: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    parameters: list[Tensor],
+    activation: str,
+    norm: bool,
+    eps: float,
+    precision: str,
+    runner: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     kind, members = _kind(x, parameters, activation, norm, eps, precision), _members(parameters)
-    rows = members * x.shape[1]
-    return (
-        x.new_empty(members, x.shape[1], kind.widths[-1]),
-        x.new_empty(kept_floats(kind.hidden, rows) if keep else 0),
-    )
+    y = x.new_empty(members, x.shape[1], kind.widths[-1])
+    if runner == "triton" and keep:
+        dtype, pre, stats = fused_dense.sizes(members, x.shape[1], kind)
+        return y, x.new_empty(pre, dtype=dtype), x.new_empty(stats, dtype=torch.float32)
+    native = keep and runner != "triton"
+    return y, x.new_empty(kept_floats(kind.hidden, members * x.shape[1]) if native else 0), x.new_empty(0)
 
 
 @torch.library.custom_op(
     f"{operators.NAMESPACE}::dense_stack_bwd",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor[] parameters, Tensor kept, str activation, bool norm, float eps, "
-    "str precision, bool[] needs) -> Tensor[]",
+    schema="(Tensor grad, Tensor x, Tensor[] parameters, Tensor kept, Tensor stats, str activation, bool norm, "
+    "float eps, str precision, str runner, bool[] needs) -> Tensor[]",
 )
 def _dense_stack_bwd(
     grad: Tensor,
     x: Tensor,
     parameters: list[Tensor],
     kept: Tensor,
+    stats: Tensor,
     activation: str,
     norm: bool,
     eps: float,
     precision: str,
+    runner: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """[d_x, *d_parameters]; a tensor without elements for what `needs` (x, parameters) does not ask for."""
     kind = _kind(x, parameters, activation, norm, eps, precision)
     needs_x, needs_weights = needs
-    d_x, grads = backward(grad, x, parameters, kept, _members(parameters), kind, needs_x, needs_weights)
+    if runner == "triton":
+        d_x, grads = fused_dense.backward(grad, x, parameters, (kept, stats), kind, needs_x, needs_weights)
+    else:
+        d_x, grads = backward(grad, x, parameters, kept, _members(parameters), kind, needs_x, needs_weights)
     return [x.new_empty(0) if d_x is None else d_x, *(grads or [p.new_empty(0) for p in parameters])]
 
 
@@ -163,10 +186,12 @@ def _(
     x: Tensor,
     parameters: list[Tensor],
     kept: Tensor,
+    stats: Tensor,
     activation: str,
     norm: bool,
     eps: float,
     precision: str,
+    runner: str,
     needs: list[bool],
 ) -> list[Tensor]:
     wanted = (needs[0], *[needs[1]] * len(parameters))
@@ -176,18 +201,18 @@ def _(
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, parameters, *ctx.options, _keep = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], *parameters)
+    ctx.save_for_backward(x, *output[1:], *parameters)
 
 
-def _gradient(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Any, ...]:
-    x, kept, *parameters = ctx.saved_tensors
-    rest = [None] * 5
+def _gradient(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+    x, kept, stats, *parameters = ctx.saved_tensors
+    rest = [None] * 6
     needs_x, needs_parameters, *_ = operators.needs_of(ctx)
     if grad is None:
         return (None, [None] * len(parameters), *rest)
     if torch.is_grad_enabled():
         # Somebody differentiates this gradient: plain PyTorch can be.
-        activation, norm, eps, precision = ctx.options
+        activation, norm, eps, precision, _ = ctx.options
         leaves = [x, *parameters]
         rows = x.expand(_members(parameters), -1, -1) if parameters[0].dim() == 3 else x
         y = reference.dense_stack(rows, parameters, activation, "layer" if norm else None, eps, precision)
@@ -196,7 +221,7 @@ def _gradient(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Any
         grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
         return (grads[0], grads[1:], *rest)
     needs = [needs_x, any(needs_parameters)]
-    d_x, *d_parameters = _backward(grad, x, parameters, kept, *ctx.options, needs)
+    d_x, *d_parameters = _backward(grad, x, parameters, kept, stats, *ctx.options, needs)
     return (d_x if needs_x else None, d_parameters if needs[1] else [None] * len(parameters), *rest)
 
 
@@ -215,18 +240,21 @@ def dense_stack(
     norm: str | None,
     eps: float = 1e-6,
     precision: str | None = None,
-    native: bool = True,
+    backend: str = "auto",
 ) -> Tensor:
-    """`reference.dense_stack`, on the CPU in native code where that covers the call and `native` allows it.
+    """`reference.dense_stack`, by one operator where that covers the call and `backend` allows it.
 
     Args:
         x: [..., in], or [E, ..., in] with ensemble parameters.
         parameters, activation, norm, eps, precision: as there. Under autocast native products take bfloat16.
+        backend: "reference" for plain PyTorch; else native code on the CPU, and on a GPU the kernels with products in
+            bf16 or TF32 (in float32, whose products they do without matrix instructions, with "fused" alone).
 
     Returns:
         [..., out], or [E, ..., out].
     """
-    if not (native and _covered(x, parameters)):
+    runner = _runner(x, parameters, activation, norm, eps, precision, backend)
+    if runner is None:
         return reference.dense_stack(x, parameters, activation, norm, eps, precision)
     ensemble = parameters[0].dim() == 3
     rows = x if ensemble else x.unsqueeze(0)
@@ -236,9 +264,35 @@ def dense_stack(
     rows = rows.reshape(rows.shape[0], math.prod(lead), rows.shape[-1])
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     if precision is None:
-        precision = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
-    y, _ = _operator(rows, list(parameters), activation, norm is not None, eps, precision, keep)
+        autocast = runner == "native" and torch.is_autocast_enabled("cpu")
+        precision = "bf16" if autocast else "fp32" if runner == "native" else launch.product_precision()
+    y, *_ = _operator(rows, list(parameters), activation, norm is not None, eps, precision, runner, keep)
     return y.reshape(y.shape[0], *lead, y.shape[-1]) if ensemble else y.reshape(*lead, y.shape[-1])
+
+
+def _runner(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    activation: str,
+    norm: str | None,
+    eps: float,
+    precision: str | None,
+    backend: str,
+) -> str | None:
+    """What runs a network: "native", "triton", or None for plain PyTorch."""
+    if backend == "reference":
+        return None
+    interpreted = backend == "fused" and launch.interpreted()
+    if not (x.is_cuda or interpreted):
+        return "native" if _covered(x, parameters) else None
+    if len(parameters) < 4 or not x.numel() or any(t.dtype != torch.float32 for t in (x, *parameters)):
+        return None
+    if operators.inside_transform() or torch.is_autocast_enabled(x.device.type) or not launch.has_triton():
+        return None
+    kind = _kind(x, parameters, activation, norm is not None, eps, precision or launch.product_precision())
+    if kind.precision == "fp32" and backend != "fused":
+        return None
+    return "triton" if fused_dense.unsupported(kind, x.device) is None else None
 
 
 def _covered(x: Tensor, parameters: Sequence[Tensor]) -> bool:

@@ -554,14 +554,18 @@ class _Plain(nn.Module):
             return reference.dense_stack(
                 x, parameters, self.activation, self.norm, precision=self.precision, wiring=self._wiring
             )
-        return dense_stack(x, parameters, self.activation, self.norm, precision=self.precision, native=self._native)
+        return dense_stack(x, parameters, self.activation, self.norm, precision=self.precision, backend=self._backend)
 
     def _stack(self) -> Stack:
         return Stack(self.network.parameter_list(), self.activation, self.norm, self.precision)
 
     @property
+    def _backend(self) -> str:
+        return ops.DEFAULT_BACKEND if self.backend is None else self.backend
+
+    @property
     def _native(self) -> bool:
-        return (ops.DEFAULT_BACKEND if self.backend is None else self.backend) != "reference"
+        return ops.runs_native(self._backend)
 
 
 class OneStepPolicy(_Plain):
@@ -571,7 +575,8 @@ class OneStepPolicy(_Plain):
         obs_dim, action_dim: O and A.
         hidden, activation, norm: of the network [obs, noise] -> action.
         clip: actions are clipped to [-clip, clip] unless a call asks for the raw output; None for none.
-        backend: "reference" for plain PyTorch; else, on the CPU, native code runs the network where it can.
+        backend: "reference" for plain PyTorch; else native code on the CPU, or kernels on a GPU, run the network where
+            they can (in float32 on a GPU with "fused" alone).
         precision: "bf16" rounds the operands of matrix products; None follows torch's settings.
     """
 
@@ -646,7 +651,8 @@ class ValueNetwork(_Plain):
         hidden, activation, norm: of the network.
         architecture: `MLP()` or `ResidualMLP(depth)`, which runs in plain PyTorch; see `FieldSpec`.
         ensemble: E members side by side, None for one.
-        backend: "reference" for plain PyTorch; else, on the CPU, native code runs the network where it can.
+        backend: "reference" for plain PyTorch; else native code on the CPU, or kernels on a GPU, run the network where
+            they can (in float32 on a GPU with "fused" alone).
         precision: "bf16" rounds the operands of matrix products; None follows torch's settings.
     """
 

@@ -5,7 +5,6 @@ What runs is one torch operator per integration and one per loss (`fastflow.oper
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import warnings
@@ -677,7 +676,7 @@ def _why_no_kernel(spec: FieldSpec, device: torch.device, dtype: torch.dtype, pr
 
 
 # What the kernels need is looked at once: neither changes while a process runs.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_TRITON = launch.has_triton()
 _INTERPRETED = launch.interpreted()
 
 _warned: set[tuple[str, str]] = set()

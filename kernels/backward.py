@@ -454,7 +454,10 @@ class _WeightSums:
             self._features_bwd(i_low, i_high, e, dfilm if net.norm == "film" else dpre)
         with exact_products(net.precision):
             d = dpre.layer(0, e, count, net)
-            self._sum("state", 0, batched_product(state.mT, d))
+            if net.state_features:
+                self._sum("state", 0, batched_product(state.mT, d))
+            else:
+                self.sums["state", 0] = d.new_empty((e, net.features_padded, d.shape[2]), dtype=torch.float32)
             if self.shared:
                 self.parts["time"].insert(0, d.unflatten(1, (-1, mp)).sum(2, dtype=torch.float32))
             elif net.norm != "film":

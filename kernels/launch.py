@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:

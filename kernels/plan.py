@@ -140,7 +140,7 @@ class Network:
     @property
     def std(self) -> float:
         """Standard deviation of hl_gauss in units of the state."""
-        return self.sigma * (self.high - self.low) / self.state_features
+        return self.sigma * (self.high - self.low) / max(1, self.state_features)
 
     @property
     def element_size(self) -> int:
