@@ -287,7 +287,7 @@ def _runner(
         return "native" if _covered(x, parameters) else None
     if len(parameters) < 4 or not x.numel() or any(t.dtype != torch.float32 for t in (x, *parameters)):
         return None
-    if operators.inside_transform() or torch.is_autocast_enabled(x.device.type) or not launch.has_triton():
+    if operators.inside_transform() or torch.is_autocast_enabled(x.device.type) or not launch.HAS_TRITON:
         return None
     kind = _kind(x, parameters, activation, norm is not None, eps, precision or launch.product_precision())
     if kind.precision == "fp32" and backend != "fused":

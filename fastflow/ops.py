@@ -676,7 +676,7 @@ def _why_no_kernel(spec: FieldSpec, device: torch.device, dtype: torch.dtype, pr
 
 
 # What the kernels need is looked at once: neither changes while a process runs.
-_HAS_TRITON = launch.has_triton()
+_HAS_TRITON = launch.HAS_TRITON
 _INTERPRETED = launch.interpreted()
 
 _warned: set[tuple[str, str]] = set()

@@ -102,6 +102,10 @@ FIELDS = {
     "floq-resnet-norm-first": _residual(_chain(FLOQ, *(512,) * 5), 4, norm="before"),
     "fql-actor": ACTOR,
     "fql-actor-tf32": dataclasses.replace(ACTOR, precision="tf32"),
+    "fql-one-step": dataclasses.replace(ACTOR, cond_dim=42, state_features=0, time_features=0),
+    "floq-distilled": dataclasses.replace(
+        FLOQ, cond_dim=42, state_embedding="identity", state_features=0, time_embedding="raw", time_features=0
+    ),
     "td-flow": UNET,
     "td-flow-tf32": dataclasses.replace(UNET, precision="tf32"),
     "td-flow-1024": dataclasses.replace(UNET, hidden=(1024,) * 6),
@@ -144,6 +148,10 @@ _BASE = ("integrate_fwd", "matching_fwd-keep-save", "backward-loss-weights")
 _USED = {
     "floq": tuple(KERNELS),
     "floq-resnet": (*_BASE, "integrate_fwd-keep-save", "backward-weights", "backward-recompute-weights"),
+    **dict.fromkeys(
+        ("fql-one-step", "floq-distilled"),
+        ("integrate_fwd", "integrate_fwd-keep-save", "backward-weights", "walk_group"),
+    ),
     "td-flow": (
         *("integrate_fwd", "integrate_fwd-midpoint-rows", "matching_fwd-keep-save"),
         *("backward-loss-weights", "backward-recompute-weights", "backward-recompute-weights-midpoint-rows"),
@@ -777,6 +785,8 @@ def describe(net: plan.Network) -> str:
     if net.norm == "film":
         behind = "by row in front of the kernel" if net.time_embedding == "rows" else "within it"
         kind["film"] += f", time's share of it {behind}"
+    if not net.state_features:
+        kind[net.norm] += ", a plain network"
     residual = f", residual blocks of {net.residual}" if max(net.add) >= 0 else ""
     return (
         f"{net.state_dim} dimension{'s' * (net.state_dim > 1)}, hidden {widths}{residual}, {net.activation}, "

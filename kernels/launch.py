@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -11,11 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether triton is installed."""
 
 
 def interpreted() -> bool:

@@ -124,7 +124,7 @@ class Network:
     @property
     def features_padded(self) -> int:
         """FP."""
-        return _padded(self.state_features)
+        return _padded(self.state_features or self.state_dim)
 
     @property
     def time_padded(self) -> int:

@@ -9,11 +9,12 @@ import torch
 from conftest import assert_pass_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastflow as ff
 from fastflow import dense, reference
 from fastflow.fields import DenseStack
-from fastflow.kernels import cpu
+from fastflow.kernels import cpu, launch
 
 needs_native = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"no native code: {cpu.why_unavailable()}")
 
@@ -275,7 +276,8 @@ def test_opcheck(ensemble):
     stack = network((5, 8, 8, 3), ensemble, "layer")
     x = torch.randn(ensemble or 1, 4, 5, requires_grad=True)
     parameters = [p.detach().clone().requires_grad_() for p in stack.parameter_list()]
-    torch.library.opcheck(torch.ops.fastflow.dense_stack, (x, parameters, "gelu_tanh", True, 1e-6, "fp32", True))
+    arguments = (x, parameters, "gelu_tanh", True, 1e-6, "fp32", "native", True)
+    torch.library.opcheck(torch.ops.fastflow.dense_stack, arguments)
 
 
 @needs_native
@@ -298,3 +300,28 @@ def test_no_rows():
     assert value.shape == (2, 0, 1)
     value.sum().backward()
     assert all(not p.grad.any() for p in critic.parameters())
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend", "widths", "runner"),
+    [
+        ("bf16", "auto", (6, 24, 2), "triton"),
+        ("tf32", "auto", (6, 24, 2), "triton"),
+        ("fp32", "auto", (6, 24, 2), None),  # no matrix instructions: torch's own products are faster
+        ("fp32", "fused", (6, 24, 2), "triton"),
+        ("bf16", "reference", (6, 24, 2), None),
+        ("bf16", "fused", (6, 2048, 2), None),
+        ("bf16", "fused", (6, 24, 200), None),
+        ("bf16", "auto", (6, 2), None),  # no hidden layer
+    ],
+    ids=str,
+)
+def test_what_runs_on_a_gpu(precision, backend, widths, runner, monkeypatch):
+    monkeypatch.setattr(launch, "target", lambda device: (90, 132))
+    with FakeTensorMode():
+        sizes = zip(widths[:-1], widths[1:], strict=True)
+        parameters = [torch.empty(shape, device="cuda") for i, o in sizes for shape in ((i, o), (o,))]
+        x = torch.empty(5, widths[0], device="cuda")
+        assert dense._runner(x, parameters, "relu", None, 1e-6, precision, backend) == runner
+        x = torch.empty(0, widths[0], device="cuda")
+        assert dense._runner(x, parameters, "relu", None, 1e-6, precision, backend) is None
