@@ -491,6 +491,14 @@ def test_few_launches_surround_a_way_back(name, most):
     assert 0 < predictions.count_case(CASES[name], CPU, "bf16") <= most
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("name", "most"), [("update-cube-double-depth4", 205), ("update-td2-unet", 160)])
+def test_whole_updates_take_few_launches(name, most):
+    pytest.importorskip("triton")
+    # Their number does not depend on rows and widths, which take time here.
+    assert 0 < predictions.count_update(GPU_UPDATES[name].shrunk(), CPU, "bf16") <= most
+
+
 def test_launches_need_something_to_count_them(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="on a GPU or in Triton's interpreter"):
