@@ -360,6 +360,15 @@ def _plain_rows_and_weights(
 _PLAIN_PRECISIONS = (None, *PRECISIONS)
 
 
+def runner(backend: str, device: torch.device) -> str | None:
+    """What a backend runs on a device: "native" code, the kernels of "triton", or None for PyTorch alone."""
+    if backend == "reference":
+        return None
+    if device.type == "cpu":
+        return "native" if runs_native(backend) else "triton"
+    return "triton" if device.type == "cuda" and _HAS_TRITON else None
+
+
 def runs_native(backend: str) -> bool:
     """Whether native code is what a backend runs on the CPU."""
     return backend == "auto" or (backend == "fused" and not _INTERPRETED)

@@ -1,5 +1,5 @@
-"""From where a flow critic's walks end to what it learns (floq, arXiv:2509.06863), in one pass of native code or in
-plain PyTorch.
+"""From where a flow critic's walks end to what it learns (floq, arXiv:2509.06863): one pass of native code on the CPU,
+one launch on a GPU, or plain PyTorch.
 
 Letters: B batch, E members, S noise samples per transition.
 """
@@ -57,7 +57,7 @@ class Backup:
     clip: tuple[float, float] | None = None
 
     def __call__(
-        self, target_q: Tensor, q: Tensor, batch: Mapping[str, Tensor], noise: Tensor | None, native: bool
+        self, target_q: Tensor, q: Tensor, batch: Mapping[str, Tensor], noise: Tensor | None, runner: str | None
     ) -> Learnt:
         """Target and value of each transition.
 
@@ -65,9 +65,9 @@ class Backup:
             target_q, q: [E, B, S], where the target's walks from the next transitions and the online critic's end.
             batch: rewards and masks, or returns, [B].
             noise: of the targets, [B], or None.
-            native: whether native code may do it, where it covers the call.
+            runner: "native" code or the kernel of "triton" may do it, where that covers the call; None for neither.
         """
-        found = self._native(target_q, q, batch, noise) if native else None
+        found = None if runner is None else self._in_one(target_q, q, batch, noise, runner)
         if found is not None:
             return found
         target = self._target(target_q, batch, noise)
@@ -102,13 +102,17 @@ class Backup:
             return target
         return target + self.target_noise * noise.view(-1, *(1,) * (target.dim() - 1))
 
-    def _native(self, target_q: Tensor, q: Tensor, batch: Mapping[str, Tensor], noise: Tensor | None) -> Learnt | None:
+    def _in_one(
+        self, target_q: Tensor, q: Tensor, batch: Mapping[str, Tensor], noise: Tensor | None, runner: str
+    ) -> Learnt | None:
         e, b, s = q.shape
         bootstrapped = self.critic_target != "returns"
         each = bootstrapped and self.backup == "distributional"
         given: list[Tensor] = [batch["rewards"], batch["masks"]] if bootstrapped else [batch["returns"]]
         given += [] if noise is None else [noise]
         expected: list[Any] = [(target_q, (e, b, s)), (q, (e, b, s)), *((x, (b,)) for x in given)]
+        if runner == "triton":
+            return self._launched(target_q, q, given, noise, each) if operators.unobserved() else None
         if not (operators.unobserved() and ordinary(expected)) or cpu.unsupported(torch.float32):
             return None
         rows = [x.contiguous() for x in given]
@@ -119,6 +123,19 @@ class Backup:
         tensors = (target_q.contiguous(), q.contiguous(), rewards, masks, None if noise is None else rows[-1])
         call("backup", NO_NETWORK, ints, reals, (*tensors, target, value, told))
         return Learnt(target, value, dict(zip(_TOLD, told.unbind(), strict=True)))
+
+    def _launched(
+        self, target_q: Tensor, q: Tensor, given: list[Tensor], noise: Tensor | None, each: bool
+    ) -> Learnt | None:
+        if any(x.dtype != torch.float32 or x.requires_grad for x in (target_q, q, *given)):
+            return None
+        from fastflow.kernels.backup import backup
+
+        rewards, masks = given[0], None if self.critic_target == "returns" else given[1]
+        rule = (self.q_agg == "min", each, self.discount, self.target_noise, self.value_range, self.clip)
+        with torch.cuda.device_of(q):
+            target, value, told = backup(target_q, q, rewards, masks, noise, *rule)
+        return Learnt(target, value, dict(zip(_TOLD, told, strict=True)))
 
 
 def share_outside(z: Tensor, value_range: tuple[float, float]) -> Tensor:

@@ -422,8 +422,8 @@ class FloqAgent(FqlActorAgent):
         actions = batch["actions"]
         with torch.no_grad():
             walks = self._walk(obs, batch, next_obs, noise)
-            native = direct and self._native
-            target, value, metrics = self._backup(*walks, batch, noise.target, native)
+            runner = self._runner if direct else None
+            target, value, metrics = self._backup(*walks, batch, noise.target, runner)
         # The published loss is a sum over noise samples.
         floq_loss = self.config.noise_samples * self._floq_loss(obs, actions, target, noise, direct)
         distill_loss = self._fit_critic(obs, actions, value, direct)[0]

@@ -361,6 +361,12 @@ class FqlActorAgent(abc.ABC):
         """Whether the configuration lets native code run on the CPU."""
         return ops.runs_native(ops.DEFAULT_BACKEND if self.config.backend is None else self.config.backend)
 
+    @property
+    def _runner(self) -> str | None:
+        """What may run what is neither walk nor loss: "native" code, the kernels of "triton", or None for PyTorch."""
+        backend = ops.DEFAULT_BACKEND if self.config.backend is None else self.config.backend
+        return ops.runner(backend, self.device)
+
     def _fit_critic(self, obs: Tensor, action: Tensor, target: Tensor, direct: bool) -> tuple[Tensor, Tensor]:
         """The plain critic's mean squared distance from target [B], 0-d, and its values [E, B]; see `_losses` for
         `direct`."""
