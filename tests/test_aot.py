@@ -417,6 +417,9 @@ for spec, dtype, precision in (
     (ff.FieldSpec(1, 42, (512,) * 4, 2, **critic), torch.float32, "bf16"),
     (ff.FieldSpec(5, 37, (256, 128), None), torch.bfloat16, "bf16"),
     (ff.FieldSpec(3, 0, (64,), None, time_embedding=ff.PowerFourier(8)), torch.float32, "tf32"),
+    (ff.FieldSpec(5, 37, (512,) * 3, norm="layer", architecture=ff.ResidualMLP(1)), torch.float32, "bf16"),
+    (ff.FieldSpec(30, 38, (512,) * 3, activation="mish", architecture=ff.FiLMUNet(), time_embedding=ff.Sinusoidal()),
+    torch.float32, "bf16"),
 ):
     field, x = ff.VelocityField(spec).to(dtype), torch.zeros(8, spec.state_dim, dtype=dtype)
     cond = torch.zeros(8, spec.cond_dim, dtype=dtype, requires_grad=True) if spec.cond_dim else None
@@ -424,6 +427,11 @@ for spec, dtype, precision in (
     noise = ff.PhiloxNoise(torch.tensor(1), torch.arange(8), 2)
     ff.flow_matching_loss(field, noise, x, None, cond, **options).backward()
     ff.integrate(field, x, cond, num_steps=3, **options).sum().backward()
+from fastflow.agents.backup import Backup
+for q_agg, rule in (("min", "distributional"), ("mean", "expected")):
+    z, row = torch.zeros(2, 8, 4), torch.zeros(8)
+    told = Backup(q_agg, rule, "policy", 0.99, 0.5, (-2.0, 1.0), (-1.0, 0.0))
+    told(z, z, {"rewards": row, "masks": row}, row, "triton")
 for (name, _), (kernel, given) in launched.items():
     if name in ("integrate_fwd_kernel", "matching_fwd_kernel", "backward_kernel"):
         continue
@@ -445,5 +453,6 @@ def test_what_surrounds_the_kernels_compiles(triton, tmp_path):
     env |= {"TRITON_CACHE_DIR": str(tmp_path)} | ({"PYTHONPATH": triton} if triton else {})
     run = subprocess.run([sys.executable, "-c", AROUND], env=env, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
-    names = ("fold_network", "prepare", "cond_operands", "unfold_network", "draw_times")
+    names = ("fold_network", "first_layer", "cond_operands", "unfold_network", "draw_times")
+    names += ("features", "dense", "dense_bwd", "backup")
     assert set(run.stdout.split()) == {f"{name}_kernel" for name in names}
