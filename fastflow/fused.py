@@ -102,7 +102,7 @@ class _Call:
         if times is None:  # the kernel embeds what it draws: nothing is prepared of it
             times = (cond.new_empty((1, 0)),) * 2
         elif isinstance(times[0], Tensor):
-            start, end = cast("tuple[Tensor, Tensor]", times)
+            start, end = times
             times = start.float().flatten(1), end.float().flatten(1)
         self.walk = (times, num_steps, method)
         self.shared = not isinstance(times[0], Tensor)
