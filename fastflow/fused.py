@@ -154,27 +154,17 @@ class _Call:
         times = cast("tuple[float, float]", ends) if self.shared else None
         for i, some in enumerate(given):
             assert found.sums is not None
-            counts = self.spec.parts(self.given[i])
-            inside = 2 * (len(counts.layers) + len(counts.norms))
-            ready = [*some.mlp, *some.encoder]
-            like = self.given[i]
+            own = self.parts[i]
+            # Behind layers and norms come the MLPs, whose gradients are there already.
+            ready = dict(enumerate((*some.mlp, *some.encoder), 2 * (len(own.layers) + len(own.norms))))
             grads = [
-                ready[at - inside].reshape(p.shape).to(p.dtype)
-                if inside <= at < inside + len(ready)
+                ready[at].reshape(p.shape).to(p.dtype)
+                if at in ready
                 else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-                for at, p in enumerate(like)
+                for at, p in enumerate(self.given[i])
             ]
-            unfold_network(
-                found.sums,
-                some,
-                self.parts[i],
-                _parts(self.spec, grads),
-                i * self.width,
-                times,
-                num_steps,
-                method,
-                self.net,
-            )
+            walk = (times, num_steps, method, self.net)
+            unfold_network(found.sums, some, own, _parts(self.spec, grads), i * self.width, *walk)
             results += grads
         return d_cond, results
 

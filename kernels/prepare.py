@@ -74,12 +74,9 @@ def prepare(
     plain = dataclasses.replace(net, cond_dim=0) if film else net
     c, bias = first_layer(fields, cond, None, n if film and shared else 1, "euler", plain)
     table = empty(e, n, net.padded[0], dtype=torch.float32) if shared and not film else bias
-    by_row = net.time_embedding == "rows" and not shared
-    films = (
-        empty(e, cond.shape[1] if net.cond_dim else 1, total, dtype=torch.float32 if by_row else dtype)
-        if film
-        else None
-    )
+    by_row, films = net.time_embedding == "rows" and not shared, None
+    if film:
+        films = empty(e, cond.shape[1] if net.cond_dim else 1, total, dtype=torch.float32 if by_row else dtype)
     film_time = empty(e, n, total, dtype=torch.float32) if film and shared else None
     film_rows = empty(e, n, rows, total) if by_row else None
     features: list[Tensor] = []
