@@ -265,7 +265,8 @@ def dense_stack(
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     if precision is None:
         autocast = runner == "native" and torch.is_autocast_enabled("cpu")
-        precision = "bf16" if autocast else "fp32" if runner == "native" else launch.product_precision()
+        # A kernel asks for torch's setting when it runs.
+        precision = "bf16" if autocast else "fp32" if runner == "native" else "default"
     y, *_ = _operator(rows, list(parameters), activation, norm is not None, eps, precision, runner, keep)
     return y.reshape(y.shape[0], *lead, y.shape[-1]) if ensemble else y.reshape(*lead, y.shape[-1])
 
@@ -289,10 +290,17 @@ def _runner(
         return None
     if operators.inside_transform() or torch.is_autocast_enabled(x.device.type) or not launch.HAS_TRITON:
         return None
-    kind = _kind(x, parameters, activation, norm is not None, eps, precision or launch.product_precision())
-    if kind.precision == "fp32" and backend != "fused":
+    precision = _default_precision() if precision is None else precision
+    if precision == "fp32" and backend != "fused":
         return None
+    kind = _kind(x, parameters, activation, norm is not None, eps, precision)
     return "triton" if fused_dense.unsupported(kind, x.device) is None else None
+
+
+@torch.compiler.assume_constant_result
+def _default_precision() -> str:
+    """torch's setting, which torch.compile does not follow: it takes what holds when it compiles."""
+    return launch.product_precision()
 
 
 def _covered(x: Tensor, parameters: Sequence[Tensor]) -> bool:

@@ -99,8 +99,9 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.fastflow.dense_stack, arguments)
 
 
-def test_compiled_without_a_break(device):
-    actor = ff.OneStepPolicy(4, 2, hidden=(24, 24), backend="fused", precision="fp32", device=device)
+@pytest.mark.parametrize("precision", ["fp32", None])
+def test_compiled_without_a_break(precision, device):
+    actor = ff.OneStepPolicy(4, 2, hidden=(24, 24), backend="fused", precision=precision, device=device)
     obs, noise = torch.randn(9, 4, device=device), torch.randn(9, 2, device=device)
 
     def gradients(act):
