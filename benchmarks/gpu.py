@@ -34,7 +34,10 @@ import torch
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = tuple(f"tests/test_{name}.py" for name in ("published", "integrate", "matching", "philox", "ops"))
+KERNEL_TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in ("published", "integrate", "matching", "designs", "fused_dense", "encode", "backup", "philox", "ops")
+)
 MAIN_CASES = ("walk-2x2048", "loss-2x2048")
 # The first is what goals are against; every one takes its time to compile.
 BEST_COMPILER, OTHER_COMPILERS = "compile max-autotune", ("compile reduce-overhead", "compile")
