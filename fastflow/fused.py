@@ -3,6 +3,7 @@ out as the parameters are."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -48,6 +49,12 @@ def network(spec: FieldSpec, precision: str) -> plan.Network:
         output_scale=spec.output_scale,
         precision=launch.product_precision() if precision == "default" else precision,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _known(key: str, precision: str) -> plan.Network:
+    """The same, looked up."""
+    return plan.KnownNetwork(**vars(network(FieldSpec.from_key(key), precision)))
 
 
 def _given(spec: FieldSpec) -> bool:
@@ -96,7 +103,7 @@ class _Call:
     ) -> None:
         n = spec.num_parameters
         self.spec, self.cond, self.width = spec, cond, spec.ensemble or 1
-        self.net = network(spec, precision)
+        self.net = _known(spec.key, launch.product_precision() if precision == "default" else precision)
         self.given = [parameters[i : i + n] for i in range(0, len(parameters), n)]
         self.parts = [_parts(spec, own) for own in self.given]
         if times is None:  # the kernel embeds what it draws: nothing is prepared of it

@@ -3,6 +3,7 @@ Dense is one Euler step from 0 along a velocity that depends on cond alone."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,18 @@ def network(kind: Kind) -> plan.Network:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _looked_up(kind: Kind) -> plan.Network:
+    return plan.KnownNetwork(**vars(network(kind)))
+
+
+def _known(kind: Kind) -> plan.Network:
+    """The same, looked up."""
+    if kind.precision == "default":
+        kind = kind._replace(precision=launch.product_precision())
+    return _looked_up(kind)
+
+
 def unsupported(kind: Kind, device: torch.device) -> str | None:
     """What keeps the kernels from covering a network, or None."""
     index = (device.index or 0) if device.type == "cuda" else None
@@ -71,7 +84,7 @@ def forward(x: Tensor, parameters: Sequence[Tensor], kind: Kind, keep: bool) -> 
     """(y [E, M, out], pre-activations and statistics, empty without `keep`) of x [E or 1, M, in]."""
     from fastflow.kernels import encode, integrate, pack, prepare
 
-    net, parts = network(kind), _parts(parameters, kind.norm)
+    net, parts = _known(kind), _parts(parameters, kind.norm)
     members, rows = parts.layers[0][0].shape[0], x.shape[1]
     ends, num_steps, method = _WALK
     with torch.cuda.device_of(x):
@@ -96,7 +109,7 @@ def backward(
     """(d_x, shaped as x, or None; gradients of all parameters or []) from grad [E, M, out]."""
     from fastflow.kernels import backward, encode, pack, prepare, unfold
 
-    net, parts = network(kind), _parts(parameters, kind.norm)
+    net, parts = _known(kind), _parts(parameters, kind.norm)
     (members, rows, d), (ends, num_steps, method) = grad.shape, _WALK
     pre, stats = kept
     saved = pack.Saved(pre, pre.new_empty(0), stats, plan.padded_rows(rows))

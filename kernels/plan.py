@@ -148,6 +148,25 @@ class Network:
         return 2 if self.precision == "bf16" else 4
 
 
+class KnownNetwork(Network):
+    """A network that computes what follows from its sizes once: every launch asks. torch.compile, which follows how a
+    `Network` is looked at, does not follow this."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(astuple(self))
+
+
+for _name, _member in list(vars(Network).items()):
+    if isinstance(_member, property) and _member.fget is not None:
+        _once = functools.cached_property(_member.fget)
+        _once.__set_name__(KnownNetwork, _name)
+        setattr(KnownNetwork, _name, _once)
+
+
 def _padded(width: int) -> int:
     return max(16, power_of_2(width))
 
@@ -430,6 +449,7 @@ def stores(net: Network, members: int, rows: int, evaluations: int) -> bool:
     return members * padded_rows(rows) * evaluations * sum(net.padded) * kept * net.element_size <= STORE_BYTES
 
 
+@functools.lru_cache(maxsize=1024)
 def film_rows(net: Network, members: int, rows: int, evaluations: int) -> Network:
     """The network of a call whose rows have times of their own: their FiLM comes from one product in front of the
     kernel while it takes no more memory than STORE_BYTES, else every program multiplies by FiLM's weights again."""
