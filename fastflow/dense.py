@@ -113,7 +113,7 @@ def _members(parameters: Sequence[Tensor]) -> int:
     f"{operators.NAMESPACE}::dense_stack",
     mutates_args=(),
     schema="(Tensor x, Tensor[] parameters, str activation, bool norm, float eps, str precision, str runner, bool keep)"
-    " -> (Tensor y, Tensor kept, Tensor stats)",
+    " -> (Tensor y, Tensor kept)",
 )
 def _dense_stack(
     x: Tensor,
@@ -124,11 +124,11 @@ def _dense_stack(
     precision: str,
     runner: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     kind = _kind(x, parameters, activation, norm, eps, precision)
     if runner == "triton":
         return fused_dense.forward(x, parameters, kind, keep)
-    return (*forward(x, parameters, _members(parameters), kind, keep), x.new_empty(0))
+    return forward(x, parameters, _members(parameters), kind, keep)
 
 
 @_dense_stack.register_fake
@@ -141,28 +141,29 @@ def _(
     precision: str,
     runner: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     kind, members = _kind(x, parameters, activation, norm, eps, precision), _members(parameters)
-    y = x.new_empty(members, x.shape[1], kind.widths[-1])
-    if runner == "triton" and keep:
-        dtype, pre, stats = fused_dense.sizes(members, x.shape[1], kind)
-        return y, x.new_empty(pre, dtype=dtype), x.new_empty(stats, dtype=torch.float32)
-    native = keep and runner != "triton"
-    return y, x.new_empty(kept_floats(kind.hidden, members * x.shape[1]) if native else 0), x.new_empty(0)
+    y, kept = x.new_empty(members, x.shape[1], kind.widths[-1]), 0
+    if keep:
+        rows = x.shape[1]
+        if runner == "triton":
+            kept = sum(fused_dense.sizes(members, rows, fused_dense.network(kind)))
+        else:
+            kept = kept_floats(kind.hidden, members * rows)
+    return y, x.new_empty(kept)
 
 
 @torch.library.custom_op(
     f"{operators.NAMESPACE}::dense_stack_bwd",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor[] parameters, Tensor kept, Tensor stats, str activation, bool norm, "
-    "float eps, str precision, str runner, bool[] needs) -> Tensor[]",
+    schema="(Tensor grad, Tensor x, Tensor[] parameters, Tensor kept, str activation, bool norm, float eps, "
+    "str precision, str runner, bool[] needs) -> Tensor[]",
 )
 def _dense_stack_bwd(
     grad: Tensor,
     x: Tensor,
     parameters: list[Tensor],
     kept: Tensor,
-    stats: Tensor,
     activation: str,
     norm: bool,
     eps: float,
@@ -174,7 +175,7 @@ def _dense_stack_bwd(
     kind = _kind(x, parameters, activation, norm, eps, precision)
     needs_x, needs_weights = needs
     if runner == "triton":
-        d_x, grads = fused_dense.backward(grad, x, parameters, (kept, stats), kind, needs_x, needs_weights)
+        d_x, grads = fused_dense.backward(grad, x, parameters, kept, kind, needs_x, needs_weights)
     else:
         d_x, grads = backward(grad, x, parameters, kept, _members(parameters), kind, needs_x, needs_weights)
     return [x.new_empty(0) if d_x is None else d_x, *(grads or [p.new_empty(0) for p in parameters])]
@@ -186,7 +187,6 @@ def _(
     x: Tensor,
     parameters: list[Tensor],
     kept: Tensor,
-    stats: Tensor,
     activation: str,
     norm: bool,
     eps: float,
@@ -201,11 +201,11 @@ def _(
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, parameters, *ctx.options, _keep = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *output[1:], *parameters)
+    ctx.save_for_backward(x, output[1], *parameters)
 
 
-def _gradient(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
-    x, kept, stats, *parameters = ctx.saved_tensors
+def _gradient(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Any, ...]:
+    x, kept, *parameters = ctx.saved_tensors
     rest = [None] * 6
     needs_x, needs_parameters, *_ = operators.needs_of(ctx)
     if grad is None:
@@ -221,7 +221,7 @@ def _gradient(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[An
         grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
         return (grads[0], grads[1:], *rest)
     needs = [needs_x, any(needs_parameters)]
-    d_x, *d_parameters = _backward(grad, x, parameters, kept, stats, *ctx.options, needs)
+    d_x, *d_parameters = _backward(grad, x, parameters, kept, *ctx.options, needs)
     return (d_x if needs_x else None, d_parameters if needs[1] else [None] * len(parameters), *rest)
 
 
@@ -267,7 +267,7 @@ def dense_stack(
         autocast = runner == "native" and torch.is_autocast_enabled("cpu")
         # A kernel asks for torch's setting when it runs.
         precision = "bf16" if autocast else "fp32" if runner == "native" else "default"
-    y, *_ = _operator(rows, list(parameters), activation, norm is not None, eps, precision, runner, keep)
+    y, _ = _operator(rows, list(parameters), activation, norm is not None, eps, precision, runner, keep)
     return y.reshape(y.shape[0], *lead, y.shape[-1]) if ensemble else y.reshape(*lead, y.shape[-1])
 
 

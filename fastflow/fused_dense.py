@@ -14,7 +14,7 @@ from fastflow.kernels import launch, plan
 
 if TYPE_CHECKING:
     from fastflow.dense import Kind
-    from fastflow.kernels.pack import Parameters
+    from fastflow.kernels.pack import Parameters, Saved
 
 _WALK = ((0.0, 1.0), 1, "euler")
 
@@ -71,17 +71,25 @@ def _parts(parameters: Sequence[Tensor], norm: bool) -> Parameters:
     return Parameters(pairs[:layers], pairs[layers:], (), (), ())
 
 
-def sizes(members: int, rows: int, kind: Kind) -> tuple[torch.dtype, int, int]:
-    """(dtype and elements of the pre-activations, elements of the statistics) that `forward` keeps."""
+def sizes(members: int, rows: int, net: plan.Network) -> tuple[int, int]:
+    """float32 numbers that `forward` keeps: for pre-activations, which may be bfloat16, and for statistics."""
     from fastflow.kernels.pack import Saved, product_dtype
 
-    net = network(kind)
     pre, _, stats = Saved.sizes(members, plan.padded_rows(rows), net)
-    return product_dtype(net), pre, stats
+    return pre * product_dtype(net).itemsize // 4, stats
 
 
-def forward(x: Tensor, parameters: Sequence[Tensor], kind: Kind, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [E, M, out], pre-activations and statistics, empty without `keep`) of x [E or 1, M, in]."""
+def _saved(kept: Tensor, members: int, rows: int, net: plan.Network) -> Saved:
+    """Pre-activations and statistics in their places."""
+    from fastflow.kernels.pack import Saved, product_dtype
+
+    pre, stats = kept.split(sizes(members, rows, net))
+    pre = pre.view(product_dtype(net))
+    return Saved(pre, pre.new_empty(0), stats, plan.padded_rows(rows))
+
+
+def forward(x: Tensor, parameters: Sequence[Tensor], kind: Kind, keep: bool) -> tuple[Tensor, Tensor]:
+    """(y [E, M, out], what `backward` reads, empty without `keep`) of x [E or 1, M, in]."""
     from fastflow.kernels import encode, integrate, pack, prepare
 
     net, parts = _known(kind), _parts(parameters, kind.norm)
@@ -89,19 +97,19 @@ def forward(x: Tensor, parameters: Sequence[Tensor], kind: Kind, keep: bool) -> 
     ends, num_steps, method = _WALK
     with torch.cuda.device_of(x):
         start = x.new_zeros((members, rows, 1, net.state_dim))
-        saved = pack.Saved.empty(x, members, plan.padded_rows(rows), net) if keep else None
+        kept = x.new_empty(sum(sizes(members, rows, net)) if keep else 0)
+        saved = _saved(kept, members, rows, net) if keep else None
         prepared, _ = prepare.prepare([parts], x, *_WALK, encode.Times("raw", 0), net)
         packed = pack.pack([parts], True, net)
         y, _, _ = integrate.integrate(start, prepared, packed, ends, None, num_steps, method, False, saved, net)
-    kept = (saved.pre, saved.stats) if saved else (x.new_empty(0), x.new_empty(0))
-    return (y.squeeze(2), *kept)
+    return y.squeeze(2), kept
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     parameters: Sequence[Tensor],
-    kept: tuple[Tensor, Tensor],
+    kept: Tensor,
     kind: Kind,
     needs_x: bool,
     needs_weights: bool,
@@ -111,8 +119,7 @@ def backward(
 
     net, parts = _known(kind), _parts(parameters, kind.norm)
     (members, rows, d), (ends, num_steps, method) = grad.shape, _WALK
-    pre, stats = kept
-    saved = pack.Saved(pre, pre.new_empty(0), stats, plan.padded_rows(rows))
+    saved = _saved(kept, members, rows, net)
     with torch.cuda.device_of(x):
         start = grad.new_empty((1, members, rows, 1, d))  # of which nothing is read
         prepared, encoded = prepare.prepare([parts], x, *_WALK, encode.Times("raw", 0), net, keep=True)
