@@ -321,7 +321,7 @@ def backward(
     affine = not fold and net.norm in ("after", "before")
     dnorm = zeros(2, blocks, e, total) if needs_weights and affine else zeros(0)
     dnoise = empty(num_steps, e, b, s, d, dtype=torch.float32) if needs_noise else zeros(0)
-    sums = _WeightSums(net, fields, inputs, shared, (n_v, m, mp)) if needs_weights else None
+    sums = _WeightSums(net, fields, inputs, shared, (m, mp)) if needs_weights else None
     g = grad.contiguous()
     for i_high in range(n_v, 0, -part):
         i_low = max(0, i_high - part)
@@ -421,7 +421,7 @@ class _WeightSums:
         fields: Sequence[Parameters],
         inputs: Prepared,
         shared: bool,
-        rows: tuple[int, int, int],
+        rows: tuple[int, int],
     ) -> None:
         self.net, self.fields, self.inputs, self.shared, self.rows = net, fields, inputs, shared, rows
         self.sums: dict[tuple[str, int], Tensor] = {}
@@ -447,7 +447,7 @@ class _WeightSums:
         features: Tensor,
     ) -> None:
         """One part: evaluations i_low..i_high-1, in rows (evaluation, row)."""
-        net, (_, _, mp) = self.net, self.rows
+        net, (_, mp) = self.net, self.rows
         e, count = dv.shape[0], (i_high - i_low) * mp
         dv, state, features = dv[:, :count], state[:, :count], features[:, :count]
         if self.features is not None:
@@ -489,7 +489,7 @@ class _WeightSums:
 
     def _features_bwd(self, i_low: int, i_high: int, e: int, d: _Rows) -> None:
         """On to what the last activation in front of the time features took."""
-        net, (_, m, mp), pre = self.net, self.rows, self.inputs.features_pre
+        net, (m, mp), pre = self.net, self.rows, self.inputs.features_pre
         assert self.features is not None and pre is not None
         rows, first = slice(i_low * m, i_high * m), 0
         for field in self.fields:
