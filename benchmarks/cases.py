@@ -390,6 +390,13 @@ class UpdateCase:
         ]
 
     @property
+    def launched(self) -> list[Case]:
+        """The same as they are launched: the critic's two walks are one, of both fields' members."""
+        walk, _, *others = self.operators
+        members = 2 * (walk.spec.ensemble or 1)
+        return [dataclasses.replace(walk, spec=dataclasses.replace(walk.spec, ensemble=members)), *others]
+
+    @property
     def plain(self) -> list[PlainPass]:
         """The passes of its plain networks, the one-step actor and the distilled critic."""
         c = self.config()

@@ -81,6 +81,11 @@ class Td2UpdateCase:
         ]
 
     @property
+    def launched(self) -> list[Case]:
+        """The same as they are launched."""
+        return self.operators
+
+    @property
     def flops(self) -> int:
         """Unavoidable FLOPs of one update."""
         return sum(case.flops for case in self.operators)

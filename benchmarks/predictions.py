@@ -136,7 +136,7 @@ def of_update(case: UpdateCase | Td2UpdateCase, machine: Machine, precision: str
     plain = sum(plain_us(each, machine, precision) for each in case.plain) if isinstance(case, UpdateCase) else 0.0
     around = 1e6 * roofline.around(launched, machine) + plain
     built, chosen = (
-        sum(kernels_us(operator, machine, precision, designs)[0] for operator in case.operators)
+        sum(kernels_us(operator, machine, precision, designs)[0] for operator in case.launched)
         for designs in (None, roofline.DESIGNS)
     )
     return {

@@ -118,11 +118,12 @@ class _Call:
             self.net = plan.film_rows(self.net, members, times[0].shape[1], evaluations)
         self.encoded: list[Encoded] = []
 
-    def prepare(self, keep: bool = False) -> Prepared:
-        """Everything prepared, of all fields; `keep`: for `gradients`."""
+    def prepare(self, keep: bool = False, stored: bool = False) -> Prepared:
+        """Everything prepared, of all fields; `keep` for `gradients`, `stored` where the way back reads activations."""
         from fastflow.kernels import prepare
 
-        prepared, self.encoded = prepare.prepare(self.parts, self.cond, *self.walk, self._embedding(), self.net, keep)
+        options = (self._embedding(), self.net, keep, stored)
+        prepared, self.encoded = prepare.prepare(self.parts, self.cond, *self.walk, *options)
         return prepared
 
     def _embedding(self) -> Times | Tensor:
@@ -305,7 +306,7 @@ def walk_bwd(
             stages,
             None,
             ends,
-            call.prepare(keep=True),
+            call.prepare(keep=True, stored=store),
             call.pack(),
             call.parts,
             _saved(path, e, b * s, evaluations, net, activations) if store else None,
@@ -432,8 +433,8 @@ def loss_bwd(
     t = t.float()
     call = _Call(spec, cond, parameters, precision, (t, t))
     net = call.net
-    prepared, packed = call.prepare(keep=True), call.pack()
     stored = activations[0].numel() > 0
+    prepared, packed = call.prepare(keep=True, stored=stored), call.pack()
     found = None
     with torch.cuda.device_of(error):
         # Rows whose activations take too much memory come in parts that fit.

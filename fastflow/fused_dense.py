@@ -122,7 +122,7 @@ def backward(
     saved = _saved(kept, members, rows, net)
     with torch.cuda.device_of(x):
         start = grad.new_empty((1, members, rows, 1, d))  # of which nothing is read
-        prepared, encoded = prepare.prepare([parts], x, *_WALK, encode.Times("raw", 0), net, keep=True)
+        prepared, encoded = prepare.prepare([parts], x, *_WALK, encode.Times("raw", 0), net, stored=True)
         found = backward.backward(
             grad.unsqueeze(2),
             None,

@@ -43,10 +43,10 @@ class Packed(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What does not depend on the state, computed once per call by plain products."""
+    """What does not depend on the state, computed once per call; None where there is no such part, or no use of it."""
 
     cond: Tensor | None  # [E, B, HP[0]] cond's share of the first layer
-    time: Tensor  # [E, N, HP[0]] float32: bias and time's share at every evaluation; N = 1: the bias alone
+    time: Tensor | None  # [E, N, HP[0]] float32: bias and time's share at every evaluation; N = 1: the bias alone
     features: Tensor | None  # [N, E, B S, TP] time features of every row where the kernels do not embed times
     film: Tensor | None  # [E, B or 1, 2 sum HP] cond's share of FiLM, bias included
     # Time's share of FiLM at every evaluation, [E, N, 2 sum HP] float32; or all of FiLM, [E, N, B S, 2 sum HP].

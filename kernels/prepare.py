@@ -45,6 +45,7 @@ def prepare(
     embedding: Times | Tensor,
     net: plan.Network,
     keep: bool = False,
+    stored: bool = False,
 ) -> tuple[Prepared, list[Encoded]]:
     """Everything prepared, of several fields, their members one behind the other.
 
@@ -56,10 +57,13 @@ def prepare(
             exact enough for its frequencies.
         net: the network.
         keep: keeps what the way back needs.
+        stored: for a way back that reads stored activations, so has no use of what the first layer was made of.
     """
     shared, film = not isinstance(times[0], Tensor), net.norm == "film"
     encoded = [Encoded() for _ in fields]
     if not film and net.time_embedding != "given" and not (shared and isinstance(embedding, Tensor)):
+        if stored:
+            return Prepared(None, None, None, None, None), encoded
         ends = cast("tuple[float, float]", times) if shared else None
         c, table = first_layer(fields, cond, ends, num_steps if shared else 1, method if shared else "euler", net)
         return Prepared(c, table, None, None, None), encoded

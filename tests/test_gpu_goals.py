@@ -499,6 +499,25 @@ def test_whole_updates_take_few_launches(name, most):
     assert 0 < predictions.count_update(GPU_UPDATES[name].shrunk(), CPU, "bf16") <= most
 
 
+@pytest.mark.interpreter
+def test_an_update_launches_the_walks_that_are_predicted(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import GridExecutor
+
+    case, names = GPU_UPDATES["update-cube-double-depth4"].shrunk(), []
+    agent, (batch,) = case.agent(CPU, "fused", "bf16"), case.batches(CPU, 1)
+    run = GridExecutor.__call__
+    monkeypatch.setattr(
+        GridExecutor, "__call__", lambda self, *a, **k: names.append(self.fn.__name__) or run(self, *a, **k)
+    )
+    agent.update(batch)
+    walks = sum(each.kind == "integrate" for each in case.launched)
+    assert names.count("integrate_fwd_kernel") == walks + len(case.plain) == 6
+    back = [each for each in (*case.launched, *case.plain) if each.gradient]
+    assert names.count("backward_kernel") == len(back) == 5
+    assert sum(each.flops for each in case.launched) >= sum(each.flops for each in case.operators)
+
+
 def test_launches_need_something_to_count_them(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="on a GPU or in Triton's interpreter"):
