@@ -418,8 +418,8 @@ for spec, dtype, precision in (
     (ff.FieldSpec(5, 37, (256, 128), None), torch.bfloat16, "bf16"),
     (ff.FieldSpec(3, 0, (64,), None, time_embedding=ff.PowerFourier(8)), torch.float32, "tf32"),
     (ff.FieldSpec(5, 37, (512,) * 3, norm="layer", architecture=ff.ResidualMLP(1)), torch.float32, "bf16"),
-    (ff.FieldSpec(30, 38, (512,) * 3, activation="mish", architecture=ff.FiLMUNet(), time_embedding=ff.Sinusoidal()),
-    torch.float32, "bf16"),
+    (ff.FieldSpec(30, 38, (512,), activation="mish", architecture=ff.FiLMUNet((512, 512)),
+    time_embedding=ff.Sinusoidal()), torch.float32, "bf16"),
 ):
     field, x = ff.VelocityField(spec).to(dtype), torch.zeros(8, spec.state_dim, dtype=dtype)
     cond = torch.zeros(8, spec.cond_dim, dtype=dtype, requires_grad=True) if spec.cond_dim else None

@@ -1,10 +1,10 @@
-"""Training through the kernels is training through the reference: the same losses over 100 updates."""
+"""Training through the kernels is training through the reference: the same losses, update for update."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close_rms
+from conftest import HAS_GPU, assert_close_rms
 
 from fastflow.agents import floq
 
@@ -46,11 +46,14 @@ def losses(backend: str, device: torch.device, updates: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_a_hundred_updates_give_the_same_losses(device):
-    fused, reference = (losses(backend, device, 100) for backend in ("fused", "reference"))
-    assert reference[-20:, 2].mean() < reference[:20, 2].mean()  # it does learn: behaviour cloning's loss falls
+def test_many_updates_give_the_same_losses(device):
+    # An interpreted update, all of whose networks run by kernels, takes seconds.
+    updates = 100 if HAS_GPU else 24
+    fused, reference = (losses(backend, device, updates) for backend in ("fused", "reference"))
+    some = updates // 5
+    assert reference[-some:, 2].mean() < reference[:some, 2].mean()  # it does learn: behaviour cloning's loss falls
     for i, name in enumerate(("floq", "distilled critic", "behaviour cloning", "one-step actor")):
-        # Rounding differences of one update, about 1e-6, grow over a hundred.
+        # Rounding differences of one update, about 1e-6, grow.
         assert_close_rms(name, fused[:, i], reference[:, i], 1e-3)
         assert_close_rms(f"{name}, first update", fused[0, i], reference[0, i], 1e-5)
 
