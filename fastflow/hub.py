@@ -40,6 +40,7 @@ MODULES = (
     "from_modules",
     "frozen",
     "fused",
+    "fused_dense",
     "modules",
     "operators",
     "ops",
