@@ -17,7 +17,7 @@ from torch import Tensor
 from . import plan
 from .integrate import stage_time
 from .launch import Arithmetic, batched_product, exact_products
-from .pack import Pairs
+from .pack import Pairs, stored_as
 from .tile import activate, activate_grad, cast, embed_time, product
 
 # One size for any number of rows: a row's bits do not depend on how many others there are.
@@ -248,11 +248,6 @@ def dense_bwd_kernel(
         b_acc = b_acc * activate_grad(b_pre.to(tl.float32), NET)[1]
     o_x = i_e * dx_stride + o_m[:, None].to(tl.int64) * K + o_k[None, :]
     tl.store(dx_ptr + o_x, cast(b_acc, dx_ptr.dtype.element_ty, NET), mask=m_x)
-
-
-def stored_as(precision: str) -> torch.dtype:
-    """What operands of products at this precision are rounded to."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _dense_net(

@@ -81,14 +81,19 @@ def of_field(x: Tensor, first: int, members: int, axis: int = 0) -> Tensor:
     return x if x.shape[axis] == 1 else x.narrow(axis, first, members)
 
 
+def stored_as(precision: str) -> torch.dtype:
+    """What the operands of products at this precision are rounded to."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def product_dtype(net: plan.Network) -> torch.dtype:
     """What the operands of the matrix products are stored as."""
-    return torch.bfloat16 if net.precision == "bf16" else torch.float32
+    return stored_as(net.precision)
 
 
 def pack(fields: Sequence[Parameters], shared: bool, net: plan.Network) -> Packed:
-    """Pack several fields of one network, their members one behind the other, in one launch each. `shared`: all rows
-    share their times, so nothing is multiplied with time features."""
+    """Pack several fields of one network, every tensor contiguous, their members one behind the other, in one launch
+    each. `shared`: all rows share their times, so nothing is multiplied with time features."""
     like = fields[0].layers[0][0]
     e = sum(field.layers[0][0].shape[0] for field in fields)
     dtype, fp, tp, dp = product_dtype(net), net.features_padded, net.time_padded, net.state_padded
@@ -124,13 +129,13 @@ def _multiplies_films(shared: bool, net: plan.Network) -> bool:
 def _fold_network(field: Parameters, packed: Packed, first: int, members: int, shared: bool, net: plan.Network) -> None:
     """All layers of a field into its members' places, in one launch."""
     film = net.norm == "film"
-    weight = field.layers[0][0].contiguous()
+    weight = field.layers[0][0]
     behind = 0 if film else net.cond_dim  # the state's rows are behind these
-    pairs = [(w.contiguous(), b.contiguous()) for w, b in field.layers[1:]]
+    pairs = field.layers[1:]
     normed = net.norm in ("after", "before")
-    norms = [(s.contiguous(), t.contiguous()) for s, t in field.norms] if normed else pairs
+    norms = field.norms if normed else pairs
     multiplied = _multiplies_films(shared, net)
-    films = [w.contiguous() for w, _ in field.films] if multiplied else [weight]
+    films = [w for w, _ in field.films] if multiplied else [weight]
     columns = 32
     blocks = max(-(-width // columns) for width in (*net.padded, net.state_padded))
     fold_network_kernel[(blocks, net.layers + 1, weight.shape[0])](
