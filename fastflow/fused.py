@@ -73,16 +73,11 @@ def unsupported(spec: FieldSpec, precision: str, device: torch.device) -> str | 
 # One call -----------------------------------------------------------------------------------------------------------
 
 
-def _members(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Parameters with an E axis: a network without an ensemble is one member."""
-    return [(p.unsqueeze(0) if parameters[0].dim() == 2 else p).contiguous() for p in parameters]
-
-
 def _parts(spec: FieldSpec, parameters: Sequence[Tensor]) -> Parameters:
     """One field's parameters as the kernels take them."""
-    from fastflow.kernels.pack import Parameters
+    from fastflow.kernels.pack import Parameters, with_members
 
-    return Parameters(*spec.parts(_members(parameters)))
+    return Parameters(*spec.parts(with_members(parameters)))
 
 
 class _Call:

@@ -63,9 +63,9 @@ def unsupported(kind: Kind, device: torch.device) -> str | None:
 
 
 def _parts(parameters: Sequence[Tensor], norm: bool) -> Parameters:
-    from fastflow.kernels.pack import Parameters
+    from fastflow.kernels.pack import Parameters, with_members
 
-    tensors = [(p.unsqueeze(0) if parameters[0].dim() == 2 else p).contiguous() for p in parameters]
+    tensors = with_members(parameters)
     pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
     layers = (len(pairs) + 1) // 2 if norm else len(pairs)
     return Parameters(pairs[:layers], pairs[layers:], (), (), ())

@@ -76,6 +76,11 @@ class Prepared(NamedTuple):
         return self.film.stride(0), 0 if self.film.shape[1] == 1 else self.film.stride(1)
 
 
+def with_members(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters with an E axis, contiguous: a network without an ensemble is one member."""
+    return [(p.unsqueeze(0) if parameters[0].dim() == 2 else p).contiguous() for p in parameters]
+
+
 def of_field(x: Tensor, first: int, members: int, axis: int = 0) -> Tensor:
     """A field's members of a tensor whose `axis` is E of all fields, or 1."""
     return x if x.shape[axis] == 1 else x.narrow(axis, first, members)
