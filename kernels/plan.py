@@ -417,6 +417,28 @@ def groups(arch: int, sms: int, net: Network, members: int, rows: int) -> Groups
     return None
 
 
+# Rows of a program whose activations stay in shared memory (kernels/ring.py), and the rows of a tile of weights.
+RING_ROWS = 64
+RING_TILE = 64
+RING_WIDTHS = (128, 512)
+RING_PLACES = 16
+
+
+@functools.lru_cache(maxsize=1024)
+def ring(net: Network) -> tuple[Tiles, int] | None:
+    """Tiles of a program that keeps its rows' activations in shared memory, and how many tiles of weights fit beside
+    them; None where the design does not cover a network."""
+    width = net.padded[0]
+    covered = net.fold and net.roll and net.precision == "bf16" and net.state_dim == 1
+    if not covered or net.features_padded > RING_TILE or not RING_WIDTHS[0] <= width <= RING_WIDTHS[1]:
+        return None
+    columns = min(128, width // 2)
+    # Two layers' activations; sums of rows; barriers and what the compiler keeps for groups of warps.
+    kept = 2 * RING_ROWS * width * 2 + 10 * RING_ROWS * 4 + 512
+    places = min(RING_PLACES, (SHARED_MEMORY[90] - kept) // (RING_TILE * columns * 2))
+    return Tiles(RING_ROWS, columns, 4, 1), places
+
+
 # Bytes of stack per thread that an entry may take, forward and backward; docs/kernels.md shows what each takes. The
 # unrolled layers of a U-Net inside the loop over steps are more than registers hold.
 SPILL_BYTES = {"fold": (128, 640), "norm": (320, 448), "film": (768, 1536)}
