@@ -417,26 +417,33 @@ def groups(arch: int, sms: int, net: Network, members: int, rows: int) -> Groups
     return None
 
 
-# Rows of a program whose activations stay in shared memory (kernels/ring.py), and the rows of a tile of weights.
-RING_ROWS = 64
+@dataclass(frozen=True)
+class Ring:
+    """How programs keep their rows' activations in shared memory while weights pass by (kernels/ring.py)."""
+
+    tiles: Tiles
+    places: int  # tiles of weights, RING_TILE rows by BN columns, that are there or on their way
+
+
 RING_TILE = 64
 RING_WIDTHS = (128, 512)
-RING_PLACES = 16
+RING_PLACES = (4, 16)
 
 
 @functools.lru_cache(maxsize=1024)
-def ring(net: Network) -> tuple[Tiles, int] | None:
-    """Tiles of a program that keeps its rows' activations in shared memory, and how many tiles of weights fit beside
-    them; None where the design does not cover a network."""
-    width = net.padded[0]
-    covered = net.fold and net.roll and net.precision == "bf16" and net.state_dim == 1
-    if not covered or net.features_padded > RING_TILE or not RING_WIDTHS[0] <= width <= RING_WIDTHS[1]:
+def ring(arch: int, net: Network) -> Ring | None:
+    """The ring for a walk on an arch; None where the design does not cover a network."""
+    width, rows, dp = net.padded[0], 64, net.state_padded
+    if family(arch) != 90 or net.precision != "bf16" or not (net.fold and net.roll):
+        return None
+    if net.features_padded > RING_TILE or dp > RING_TILE or not RING_WIDTHS[0] <= width <= RING_WIDTHS[1]:
         return None
     columns = min(128, width // 2)
-    # Two layers' activations; sums of rows; barriers and what the compiler keeps for groups of warps.
-    kept = 2 * RING_ROWS * width * 2 + 10 * RING_ROWS * 4 + 512
-    places = min(RING_PLACES, (SHARED_MEMORY[90] - kept) // (RING_TILE * columns * 2))
-    return Tiles(RING_ROWS, columns, 4, 1), places
+    head = 2 * rows * 4 if dp == 1 else width * dp * 2
+    # Two layers' activations; sums of rows; barriers, three for every place; what the compiler keeps for groups of warps.
+    kept = 2 * rows * width * 2 + 8 * rows * 4 + head + 8 * (2 * width // columns + 1) + 288
+    places = min(RING_PLACES[1], (SHARED_MEMORY[90] - kept) // (RING_TILE * columns * 2 + 24))
+    return Ring(Tiles(rows, columns, 4, 1), places) if places >= RING_PLACES[0] else None
 
 
 # Bytes of stack per thread that an entry may take, forward and backward; docs/kernels.md shows what each takes. The

@@ -1,20 +1,24 @@
 """The K-step walk by two groups of warps that take turns at the tensor cores: for many rows of a wide network on Hopper.
 
 A program owns 64 rows of one member for the whole walk. Activations never leave its shared memory: two buffers take
-turns from layer to layer. One warp loads weights, tile after tile in the order in which they are multiplied, into a ring
-of shared memory; two groups of four warps each multiply every other tile of columns, and what one does behind its
-products (bias, activation, sums, rounding) hides behind the other's products. Everybody waits for data alone: a tile of
-weights, a chunk of the layer before, a free place in the ring.
+turns from layer to layer. One warp loads weights, tile after tile in the order in which they are multiplied, into a
+ring of places in shared memory. Two consumers of four warps each multiply every other tile of columns, and what one
+does behind its products (bias, activation, sums, rounding) hides behind the other's products. Nobody waits for anything
+but data: a tile of weights, a chunk of the layer before, a free place in the ring.
 
-It is written in Gluon, in which places in memory, copies and barriers are explicit; see tests/gluon_machine.py for how
-it runs without a GPU.
+Barriers. Each consumer waits for every phase of what it waits for, or is held back by another barrier in between, so a
+parity tells phases apart:
 
-Barriers, each waited for once per phase or more rarely, never by somebody who is a whole phase behind or ahead:
+    full[c, s]    a tile for consumer c is in place s of the ring; consumer c counts the phases in a number of bits
+    empty[s]      what was in place s has been multiplied
+    ready[g, n]   columns n of a layer are stored, the rows' sums with the last; layers take turns, so that nobody gets
+                  to a barrier's next phase before all have seen the present one
+    begun         the state's features are stored, where the last layer's output was
 
-    full[c, s]    a tile for consumer c lies in place s of the ring; each consumer counts its own phases
-    empty[s]      what lay in place s has been multiplied
-    ready[g, n]   columns n of a layer's output are stored, and its rows' sums with the last of them; layers take turns
-    begun         the state's features are stored, in place of the last layer's output, which nobody multiplies
+A scalar state's head is part of the last layer's epilogue, and each consumer has half of the rows' states. A state of
+several dimensions has a product of its own as its head, and the first consumer has all of it.
+
+Written in Gluon, where places, copies and barriers are explicit. `tests/gluon_machine.py` runs it without a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +35,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import plan
@@ -42,20 +45,22 @@ from .tile import activate, embed_state, read_velocity, row_scale
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 meet = getattr(gl, "barrier", None) or gl.thread_barrier
 
-BK = gl.constexpr(64)
+BK = gl.constexpr(plan.RING_TILE)
+
+
+# The warp that loads -------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def load_weights(
-    feat, hidden, ring, full, empty, i_e, n_e, num_steps, NET: gl.constexpr, PLACES: gl.constexpr
-):
-    """One warp: every tile of weights in the order in which they are multiplied."""
+def load_weights(first, hidden, ring, full, empty, i_e, n_e, num_steps, NET: gl.constexpr, PLACES: gl.constexpr):
+    """Every tile of weights in the order in which they are multiplied, each as soon as its place is free."""
     HP: gl.constexpr = NET.HP[0]
     BN: gl.constexpr = NET.BN
     at = 0
     for _ in range(num_steps):
         for n in gl.static_range(HP // BN):
-            at = load_next(feat, i_e * NET.FP, n, ring, full, empty, at, NET, PLACES)
+            # Rows beyond the member's own are not multiplied.
+            at = load_next(first, i_e * NET.FP, n, ring, full, empty, at, NET, PLACES)
         for l in range(1, NET.L):
             row = ((l - 1) * n_e + i_e) * HP
             for n in gl.static_range(HP // BN):
@@ -65,14 +70,16 @@ def load_weights(
 
 @gluon.jit
 def load_next(weights, row, n: gl.constexpr, ring, full, empty, at, NET: gl.constexpr, PLACES: gl.constexpr):
-    """Starts the load of one tile as soon as its place is free; returns the number of the next."""
-    BN: gl.constexpr = NET.BN
+    """Starts the load of tile number `at`; returns the number of the next."""
     place = at % PLACES
     bar = full.index((n % 2) * PLACES + place)
     mbarrier.wait(empty.index(place), ((at // PLACES) & 1) ^ 1)
-    mbarrier.expect(bar, BK * BN * 2)
-    load_tile(weights, [row, n * BN], bar, ring.index(place))
+    mbarrier.expect(bar, BK * NET.BN * 2)
+    load_tile(weights, [row, n * NET.BN], bar, ring.index(place))
     return at + 1
+
+
+# The warps that multiply ---------------------------------------------------------------------------------------------
 
 
 @gluon.jit
@@ -88,84 +95,57 @@ def walk_columns(
     NET: gl.constexpr,
     PLACES: gl.constexpr,
 ):
-    """Four warps: their columns of every layer of every step; consumer 0 has the state as well."""
+    """A consumer's columns of every layer of every step, and its part of the state."""
     x_ptr, out_ptr, c_ptr, time_ptr, b_hidden_ptr, w_out_ptr, b_out_ptr = pointers
     M, samples, num_steps, start, end, low, high, std, eps, output_scale = numbers
-    act, ring, stats, head = buffers
-    full, empty, ready, begun = barriers
+    act, _, stats, head = buffers
+    _, _, ready, begun = barriers
     L: gl.constexpr = NET.L
     HP: gl.constexpr = NET.HP[0]
     BM: gl.constexpr = NET.BM
-    BN: gl.constexpr = NET.BN
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-    ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
-    TILE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    STATE: gl.constexpr = gl.SliceLayout(1, TILE)
-    PER_STEP: gl.constexpr = (HP // BN) * (1 + (L - 1) * (HP // BK))
+    NC: gl.constexpr = HP // NET.BN
+    OWNER: gl.constexpr = C == 0 or NET.DP == 1
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NET.BN, 16])
+    STATE: gl.constexpr = state_layout(NET.DP, NET.FP)
     b_h = (end - start) / num_steps
-    r_s = r_0 + gl.arange(0, BM, layout=STATE)
-    if C == 0:
-        b_x = gl.load(x_ptr + i_e * M + r_s, mask=r_s < M, other=0.0).to(gl.float32)
-        begin_step(b_x, act, begun, low, high, std, 1, TILE, NET)
-    r_b = r_0 + gl.arange(0, BM, layout=ROWS)
-    o_c = gl.minimum(r_b, M - 1) // samples
+    o_c = gl.minimum(r_0 + gl.arange(0, BM, layout=gl.SliceLayout(1, MMA)), M - 1) // samples
     p_c = c_ptr + (i_e * (M // samples) + o_c.to(gl.int64)) * HP
+    p_out = w_out_ptr + i_e * HP * NET.DP
+    if OWNER:
+        o_x, m_x = state_rows(C, i_e, r_0, M, STATE, NET)
+        b_x = gl.load(x_ptr + o_x, mask=m_x, other=0.0).to(gl.float32)
+        begin_step(C, b_x, act, begun, 1, low, high, std, STATE, NET)
     phases = 0  # bit s: parity of the next phase of full[C, s]
+    at = 0
     for i in range(num_steps):
-        at = i * PER_STEP
         g = i * L
         mbarrier.wait(begun, i & 1)
-        p_bias = time_ptr + (i_e * num_steps + i) * HP
-        phases = layer(
-            C, phases, at, g, p_bias, p_c, w_out_ptr + i_e * HP, buffers, barriers, eps, NET, PLACES, MMA, True, L == 1
-        )
-        at += HP // BN
+        p_time = time_ptr + (i_e * num_steps + i) * HP
+        phases = layer(C, phases, at, g, p_time, p_c, p_out, buffers, barriers, eps, NET, PLACES, MMA, True, L == 1)
+        at += NC
         for l in range(1, L - 1):
             p_bias = b_hidden_ptr + (n_e * l + i_e) * HP
             phases = layer(
-                C, phases, at, g + l, p_bias, p_c, w_out_ptr, buffers, barriers, eps, NET, PLACES, MMA, False, False
+                C, phases, at, g + l, p_bias, p_c, p_out, buffers, barriers, eps, NET, PLACES, MMA, False, False
             )
-            at += (HP // BN) * (HP // BK)
+            at += NC * (HP // BK)
         if L > 1:
-            p_bias = b_hidden_ptr + (n_e * (L - 1) + i_e) * HP
+            p_last = b_hidden_ptr + (n_e * (L - 1) + i_e) * HP
             phases = layer(
-                C, phases, at, g + L - 1, p_bias, p_c, w_out_ptr + i_e * HP, buffers, barriers, eps, NET, PLACES, MMA,
-                False, True,
+                C, phases, at, g + L - 1, p_last, p_c, p_out, buffers, barriers, eps, NET, PLACES, MMA, False, True
             )
-        if C == 0:
+            at += NC * (HP // BK)
+        if OWNER:
             last = g + L - 1
-            for n in gl.static_range(HP // BN):
-                mbarrier.wait(ready.index((last % 2) * (HP // BN) + n), (last // 2) & 1)
-            b_v = head.index(0).load(STATE) + head.index(1).load(STATE)
-            if NET.NORM == "after":
-                b_v = b_v * norm_of(stats, last % 2, STATE, eps, NET)
-            b_v += gl.load(b_out_ptr + i_e)
+            for n in gl.static_range(NC):
+                mbarrier.wait(ready.index((last % 2) * NC + n), (last // 2) & 1)
+            b_v = read_head(C, act, stats, head, b_out_ptr + i_e * NET.DP, last % 2, eps, STATE, NET)
             part = i * 1.0 / num_steps
             b_x += b_h * read_velocity(b_v, b_x, (1.0 - part) * start + part * end, output_scale, NET)
             if i + 1 < num_steps:
-                begin_step(b_x, act, begun, low, high, std, last % 2, TILE, NET)
-    if C == 0:
-        gl.store(out_ptr + i_e * M + r_s, b_x.to(out_ptr.dtype.element_ty), mask=r_s < M)
-
-
-@gluon.jit
-def begin_step(b_x, act, begun, low, high, std, turn, TILE: gl.constexpr, NET: gl.constexpr):
-    """The state's features to where the first layer reads them."""
-    o_f = gl.arange(0, BK, layout=gl.SliceLayout(0, TILE))
-    b_f = embed_state(b_x[:, None], o_f, low, high, std, NET)
-    act.index(turn * (NET.HP[0] // BK)).store(b_f.to(gl.bfloat16))
-    fence_async_shared()
-    meet()
-    mbarrier.arrive(begun, count=1)
-
-
-@gluon.jit
-def norm_of(stats, turn, ROWS: gl.constexpr, eps, NET: gl.constexpr):
-    """The factor of every row's norm, from both consumers' sums."""
-    s1 = stats.index(turn * 4).load(ROWS) + stats.index(turn * 4 + 2).load(ROWS)
-    s2 = stats.index(turn * 4 + 1).load(ROWS) + stats.index(turn * 4 + 3).load(ROWS)
-    _, r = row_scale(s1, s2, NET.H[0], eps)
-    return r
+                begin_step(C, b_x, act, begun, last % 2, low, high, std, STATE, NET)
+    if OWNER:
+        gl.store(out_ptr + o_x, b_x.to(out_ptr.dtype.element_ty), mask=m_x)
 
 
 @gluon.jit
@@ -176,7 +156,7 @@ def layer(
     g,  # of the layer itself, counted over all steps
     p_bias,  # of the first layer the table's row, time's share included
     p_c,
-    p_w_out,
+    p_out,
     buffers,
     barriers,
     eps,
@@ -186,14 +166,16 @@ def layer(
     FIRST: gl.constexpr,
     LAST: gl.constexpr,
 ):
-    """This consumer's columns of one layer."""
+    """A consumer's columns of one layer; returns `phases`."""
     act, ring, stats, head = buffers
-    full, empty, ready, begun = barriers
+    full, empty, ready, _ = barriers
     HP: gl.constexpr = NET.HP[0]
     BM: gl.constexpr = NET.BM
     BN: gl.constexpr = NET.BN
     NC: gl.constexpr = HP // BN
     KC: gl.constexpr = 1 if FIRST else HP // BK
+    PER: gl.constexpr = BN // BK
+    NORM: gl.constexpr = NET.NORM == "after"
     ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
     turn = g % 2
     before = (g + 1) % 2
@@ -203,43 +185,50 @@ def layer(
     s_v = gl.zeros([BM], gl.float32, layout=ROWS)
     r = s1
     for n in gl.static_range(C, NC, 2):
+        # On their way while products run.
         b_bias = gl.load(p_bias + n * BN + o_n)
         if FIRST and NET.COND:
             b_c = gl.load(p_c[:, None] + (n * BN + o_n)[None, :])
         b_acc = gl.zeros([BM, BN], gl.float32, layout=MMA)
+        first = at + n * KC
         for k in range(KC):
             if not FIRST and n == C:
-                mbarrier.wait(ready.index(before * NC + k // (BN // BK)), ((g - 1) // 2) & 1, pred=k % (BN // BK) == 0)
-            place = (at + n * KC + k) % PLACES
+                mbarrier.wait(ready.index(before * NC + k // PER), ((g - 1) // 2) & 1, pred=k % PER == 0)
+            place = (first + k) % PLACES
             mbarrier.wait(full.index(C * PLACES + place), (phases >> place) & 1)
             phases = phases ^ (1 << place)
-            b_acc = warpgroup_mma(
-                act.index(before * (HP // BK) + k), ring.index(place), b_acc, use_acc=k > 0, is_async=True
-            )
+            b_a = act.index(before * (HP // BK) + k)
+            b_w = ring.index(place)
+            if FIRST and NET.FP < BK:
+                b_a = b_a.slice(0, NET.FP, dim=1)
+                b_w = b_w.slice(0, NET.FP, dim=0)
+            b_acc = warpgroup_mma(b_a, b_w, b_acc, use_acc=k > 0, is_async=True)
+            # The product before has ended, so its place is free.
             b_acc = warpgroup_mma_wait(num_outstanding=1, deps=(b_acc,))
-            mbarrier.arrive(empty.index((at + n * KC + k + PLACES - 1) % PLACES), count=1, pred=k > 0)
+            mbarrier.arrive(empty.index((first + k + PLACES - 1) % PLACES), count=1, pred=k > 0)
         b_acc = warpgroup_mma_wait(num_outstanding=0, deps=(b_acc,))
-        mbarrier.arrive(empty.index((at + n * KC + KC - 1) % PLACES), count=1)
-        if not FIRST and NET.NORM == "after":
+        mbarrier.arrive(empty.index((first + KC - 1) % PLACES), count=1)
+        if not FIRST and NORM:
             if n == C:
-                r = norm_of(stats, before, ROWS, eps, NET)
+                s_1, s_2 = row_sums(stats, before, 0, BM, ROWS)
+                _, r = row_scale(s_1, s_2, NET.H[0], eps)
             b_acc = b_acc * r[:, None]
         b_acc += b_bias[None, :]
         if FIRST and NET.COND:
             b_acc += b_c.to(gl.float32)
         b_y = activate(b_acc, NET)
-        if NET.NORM == "after":
+        if NORM:
             s1 += gl.sum(b_y, 1)
             s2 += gl.sum(b_y * b_y, 1)
-        if LAST:
-            s_v += gl.sum(b_y * gl.load(p_w_out + n * BN + o_n)[None, :], 1)
+        if LAST and NET.DP == 1:
+            s_v += gl.sum(b_y * gl.load(p_out + n * BN + o_n)[None, :], 1)
         else:
-            store_chunk(act, turn * (HP // BK) + n * (BN // BK), b_y.to(gl.bfloat16), NET)
+            store_chunk(act, turn * (HP // BK) + n * PER, b_y.to(gl.bfloat16), NET)
         if n + 2 >= NC:
-            if NET.NORM == "after":
+            if NORM:
                 stats.index(turn * 4 + C * 2).store(s1)
                 stats.index(turn * 4 + C * 2 + 1).store(s2)
-            if LAST:
+            if LAST and NET.DP == 1:
                 head.index(C).store(s_v)
         fence_async_shared()
         meet()
@@ -250,23 +239,104 @@ def layer(
 @gluon.jit
 def store_chunk(act, first, b_y, NET: gl.constexpr):
     """A tile of columns, as tiles of BK."""
-    BM: gl.constexpr = NET.BM
     if NET.BN == BK:
         act.index(first).store(b_y)
     else:
-        left, right = gl.split(b_y.reshape([BM, 2, BK]).permute([0, 2, 1]))
+        left, right = gl.split(b_y.reshape([NET.BM, 2, BK]).permute([0, 2, 1]))
         act.index(first).store(left)
         act.index(first + 1).store(right)
 
 
+@gluon.jit
+def row_sums(stats, turn, low: gl.constexpr, count: gl.constexpr, ROWS: gl.constexpr):
+    """Sum and sum of squares of some rows, of both consumers' columns."""
+    s1 = stats.index(turn * 4).slice(low, count).load(ROWS) + stats.index(turn * 4 + 2).slice(low, count).load(ROWS)
+    s2 = stats.index(turn * 4 + 1).slice(low, count).load(ROWS) + stats.index(turn * 4 + 3).slice(low, count).load(ROWS)
+    return s1, s2
+
+
+# The state -----------------------------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def state_layout(DP, FP):
+    """Of the state of a consumer's rows: [BM, DP] as products leave it, or [BM / 2, FP] of a scalar's features."""
+    if DP > 1:
+        return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DP, 16])
+    columns = 8 if FP >= 32 else 4
+    return gl.BlockedLayout([1, columns], [32 * columns // FP, FP // columns], [4, 1], [1, 0])
+
+
+@gluon.jit
+def state_rows(C: gl.constexpr, i_e, r_0, M, STATE: gl.constexpr, NET: gl.constexpr):
+    """Offsets of a consumer's part of the state, and which of it there is."""
+    if NET.DP == 1:
+        HALF: gl.constexpr = NET.BM // 2
+        r_b = r_0 + C * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, STATE))
+        return i_e * M + r_b, r_b < M
+    else:
+        r_b = r_0 + gl.arange(0, NET.BM, layout=gl.SliceLayout(1, STATE))
+        o_d = gl.arange(0, NET.DP, layout=gl.SliceLayout(0, STATE))
+        return (i_e * M + r_b)[:, None] * NET.D + o_d[None, :], (r_b < M)[:, None] & (o_d < NET.D)[None, :]
+
+
+@gluon.jit
+def begin_step(C: gl.constexpr, b_x, act, begun, turn, low, high, std, STATE: gl.constexpr, NET: gl.constexpr):
+    """The state's features to where the first layer reads them."""
+    o_f = gl.arange(0, NET.FP, layout=gl.SliceLayout(0, STATE))
+    place = act.index(turn * (NET.HP[0] // BK))
+    if NET.FP < BK:
+        place = place.slice(0, NET.FP, dim=1)
+    if NET.DP == 1:
+        HALF: gl.constexpr = NET.BM // 2
+        b_f = embed_state(b_x[:, None], o_f, low, high, std, NET)
+        place.slice(C * HALF, HALF, dim=0).store(b_f.to(gl.bfloat16))
+    else:
+        place.store(embed_state(b_x, o_f, low, high, std, NET).to(gl.bfloat16))
+    fence_async_shared()
+    meet()
+    mbarrier.arrive(begun, count=1)
+
+
+@gluon.jit
+def read_head(C: gl.constexpr, act, stats, head, p_b_out, turn, eps, STATE: gl.constexpr, NET: gl.constexpr):
+    """What the head makes of the last layer for a consumer's part of the state."""
+    NORM: gl.constexpr = NET.NORM == "after"
+    ROWS: gl.constexpr = gl.SliceLayout(1, STATE)
+    if NET.DP == 1:
+        HALF: gl.constexpr = NET.BM // 2
+        b_v = head.index(0).slice(C * HALF, HALF).load(ROWS) + head.index(1).slice(C * HALF, HALF).load(ROWS)
+        if NORM:
+            s1, s2 = row_sums(stats, turn, C * HALF, HALF, ROWS)
+            _, r = row_scale(s1, s2, NET.H[0], eps)
+            b_v = b_v * r
+        return b_v + gl.load(p_b_out)
+    else:
+        KC: gl.constexpr = NET.HP[0] // BK
+        BM: gl.constexpr = NET.BM
+        DP: gl.constexpr = NET.DP
+        b_acc = gl.zeros([BM, DP], gl.float32, layout=STATE)
+        for k in range(KC):
+            b_acc = warpgroup_mma(act.index(turn * KC + k), head.index(k), b_acc, use_acc=k > 0, is_async=True)
+        b_acc = warpgroup_mma_wait(num_outstanding=0, deps=(b_acc,))
+        if NORM:
+            s1, s2 = row_sums(stats, turn, 0, NET.BM, ROWS)
+            _, r = row_scale(s1, s2, NET.H[0], eps)
+            b_acc = b_acc * r[:, None]
+        return b_acc + gl.load(p_b_out + gl.arange(0, NET.DP, layout=gl.SliceLayout(0, STATE)))[None, :]
+
+
+# The kernel ----------------------------------------------------------------------------------------------------------
+
+
 @gluon.jit(do_not_specialize=["M", "samples", "num_steps"])
 def walk_ring_kernel(
-    x_ptr,  # [E, M, 1] start
-    out_ptr,  # [E, M, 1] end
+    x_ptr,  # [E, M, D] start
+    out_ptr,  # [E, M, D] end
     c_ptr,  # [E, B, HP] cond's share of the first layer
     time_ptr,  # [E, K, HP] time's share of it, bias included
-    feat,  # [E FP, HP] the state's weights
-    hidden,  # [(L - 1) E HP, HP] those of the other layers
+    first,  # [E FP, HP] the state's weights, in tiles
+    hidden,  # [(L - 1) E HP, HP] those of the layers behind it
     b_hidden_ptr,
     w_out_ptr,
     b_out_ptr,
@@ -283,31 +353,41 @@ def walk_ring_kernel(
     NET: gl.constexpr,
     PLACES: gl.constexpr,
 ):
-    """x <- x + h v(x, t_k, cond) for k = 0..K-1 of a scalar state."""
+    """x <- x + h v(x, t_k, cond) for k = 0..K-1."""
     HP: gl.constexpr = NET.HP[0]
+    DP: gl.constexpr = NET.DP
     BM: gl.constexpr = NET.BM
-    BN: gl.constexpr = NET.BN
+    NC: gl.constexpr = HP // NET.BN
     i_e = gl.program_id(1)
     n_e = gl.num_programs(1)
     r_0 = gl.program_id(0) * BM
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    act = gl.allocate_shared_memory(
-        gl.bfloat16, [2 * (HP // BK), BM, BK], gl.NVMMASharedLayout.get_default_for([BM, BK], gl.bfloat16)
-    )
-    ring = gl.allocate_shared_memory(gl.bfloat16, [PLACES, BK, BN], hidden.layout)
+    ROWS_OF_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], gl.bfloat16)
+    act = gl.allocate_shared_memory(gl.bfloat16, [2 * (HP // BK), BM, BK], ROWS_OF_TILE)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [PLACES, BK, NET.BN], hidden.layout)
     stats = gl.allocate_shared_memory(gl.float32, [8, BM], FLAT)
-    head = gl.allocate_shared_memory(gl.float32, [2, BM], FLAT)
+    if DP == 1:
+        head = gl.allocate_shared_memory(gl.float32, [2, BM], FLAT)
+    else:
+        HEAD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, DP], gl.bfloat16)
+        head = gl.allocate_shared_memory(gl.bfloat16, [HP // BK, BK, DP], HEAD)
+        FEW: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DP, DP // 4], [4, 1], [1, 0])
+        o_k = gl.arange(0, BK, layout=gl.SliceLayout(1, FEW))
+        o_d = gl.arange(0, DP, layout=gl.SliceLayout(0, FEW))
+        for k in gl.static_range(HP // BK):
+            b_w = gl.load(w_out_ptr + (i_e * HP + k * BK + o_k)[:, None] * DP + o_d[None, :])
+            head.index(k).store(b_w.to(gl.bfloat16))
     full = gl.allocate_shared_memory(gl.int64, [2 * PLACES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [2 * (HP // BN), 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [2 * NC, 1], mbarrier.MBarrierLayout())
     begun = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for s in gl.static_range(2 * PLACES):
         mbarrier.init(full.index(s), count=1)
     for s in gl.static_range(PLACES):
         mbarrier.init(empty.index(s), count=1)
-    for s in gl.static_range(2 * (HP // BN)):
+    for s in gl.static_range(2 * NC):
         mbarrier.init(ready.index(s), count=1)
-    mbarrier.init(begun, count=1)
+    mbarrier.init(begun, count=2 if DP == 1 else 1)
     fence_async_shared()
     meet()
     pointers = (x_ptr, out_ptr, c_ptr, time_ptr, b_hidden_ptr, w_out_ptr, b_out_ptr)
@@ -318,7 +398,7 @@ def walk_ring_kernel(
         [
             (walk_columns, (0, pointers, numbers, buffers, barriers, i_e, n_e, r_0, NET, PLACES)),
             (walk_columns, (1, pointers, numbers, buffers, barriers, i_e, n_e, r_0, NET, PLACES)),
-            (load_weights, (feat, hidden, ring, full, empty, i_e, n_e, num_steps, NET, PLACES)),
+            (load_weights, (first, hidden, ring, full, empty, i_e, n_e, num_steps, NET, PLACES)),
         ],
         [4, 1],
         [216, 40],
@@ -331,27 +411,27 @@ def integrate_by_ring(
     packed: Packed,
     times: tuple[float, float],
     num_steps: int,
+    ring: plan.Ring,
     net: plan.Network,
 ) -> Tensor:
-    """x_K of the Euler walk from x_0 [E, B, S, 1] between two times that all rows share."""
+    """x_K of the Euler walk from x_0 [E, B, S, D] between two times that all rows share."""
     e, b, s, _ = x_0.shape
-    m, width = b * s, net.padded[0]
+    m, width, tiles = b * s, net.padded[0], ring.tiles
     x_0 = x_0.contiguous()
     out = torch.empty_like(x_0)
-    tiles, places = plan.ring(net)
     block = [BK.value, tiles.columns]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-
-    def tiled(x: Tensor) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(x.view(-1, width), block, layout)
-
+    first, hidden = (
+        TensorDescriptor.from_tensor(x.view(-1, width), block, layout)
+        for x in (packed.w_feat, packed.w_hidden if net.layers > 1 else packed.w_feat)
+    )
     walk_ring_kernel[(triton.cdiv(m, tiles.rows), e)](
         x_0,
         out,
         out if inputs.cond is None else inputs.cond,
         inputs.time,
-        tiled(packed.w_feat),
-        tiled(packed.w_hidden) if net.layers > 1 else tiled(packed.w_feat),
+        first,
+        hidden,
         packed.b_hidden,
         packed.w_out,
         packed.b_out,
@@ -361,7 +441,7 @@ def integrate_by_ring(
         *times,
         *scalars(net),
         NET=net_shape(net, True, tiles),
-        PLACES=places,
+        PLACES=ring.places,
         **options(tiles),
     )
     return out

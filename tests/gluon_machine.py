@@ -87,29 +87,40 @@ class Place:
 
 
 class Shared:
-    """Shared memory: `index` of its first axis is a place."""
+    """Shared memory: `index` of its first axis is a place, `slice` a part of one."""
 
-    def __init__(self, machine: Machine, places: list[Place]) -> None:
-        self.machine, self.places = machine, places
+    def __init__(self, machine: Machine, places: list[Place], parts: tuple[slice, ...] = ()) -> None:
+        self.machine, self.places, self.parts = machine, places, parts
 
     def index(self, i: Any) -> Shared:
         i = int(i)
         if not 0 <= i < len(self.places):
             raise MachineError(f"place {i} of {len(self.places)}")
-        return Shared(self.machine, [self.places[i]])
+        return Shared(self.machine, [self.places[i]], (slice(None),) * self.places[i].data.dim())
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        if self.parts[dim] != slice(None) or not 0 <= start <= start + length <= self.place.data.shape[dim]:
+            raise MachineError(f"rows {start} to {start + length} of {tuple(self.place.data.shape)}")
+        parts = list(self.parts)
+        parts[dim] = slice(start, start + length)
+        return Shared(self.machine, self.places, tuple(parts))
 
     @property
     def place(self) -> Place:
         assert len(self.places) == 1, "index first"
         return self.places[0]
 
+    @property
+    def data(self) -> Tensor:
+        return self.place.data[self.parts]
+
     def store(self, value: Tensor) -> None:
-        place = self.place
-        if value.shape != place.data.shape or value.dtype != place.data.dtype:
-            raise MachineError(f"{value.dtype} {tuple(value.shape)} to {place.data.dtype} {tuple(place.data.shape)}")
+        place, data = self.place, self.data
+        if value.shape != data.shape or value.dtype != data.dtype:
+            raise MachineError(f"{value.dtype} {tuple(value.shape)} to {data.dtype} {tuple(data.shape)}")
         if place.landing or place.reads:
             raise MachineError("a store to a place that a copy or a product is under way with")
-        place.data.copy_(value)
+        data.copy_(value)
         place.unfenced.add(self.machine.me.number)
         self.machine.me.stored.append(place)
         self.machine.me.fenced = False
@@ -118,7 +129,7 @@ class Shared:
         place = self.place
         if place.landing or place.unfenced - {self.machine.me.number}:
             raise MachineError("a load from a place that is not ready")
-        return place.data.clone()
+        return self.data.clone()
 
 
 class Barrier:
@@ -178,8 +189,8 @@ class Barriers:
 class Accumulator:
     """The result of a product that may be under way: no tensor until it has been waited for."""
 
-    def __init__(self, a: Place, b: Place, acc: Tensor | Accumulator, use_acc: bool) -> None:
-        for place in (a, b):
+    def __init__(self, a: Shared, b: Shared, acc: Tensor | Accumulator, use_acc: bool) -> None:
+        for place in (a.place, b.place):
             if place.landing or place.unfenced:
                 raise MachineError("a product reads a place that is not ready")
             place.reads += 1
@@ -189,9 +200,9 @@ class Accumulator:
         self.value: Tensor | None = None
 
     def finish(self) -> None:
-        for place, seen in zip(self.operands, self.seen, strict=True):
-            place.reads -= 1
-            if not torch.equal(place.data, seen) and not bool(seen.isnan().any()):
+        for operand, seen in zip(self.operands, self.seen, strict=True):
+            operand.place.reads -= 1
+            if not torch.equal(operand.data, seen) and not bool(seen.isnan().any()):
                 raise MachineError("an operand has changed while its product was under way")
         value = self.seen[0].float() @ self.seen[1].float()
         if self.use_acc:
@@ -392,7 +403,11 @@ class _Names:
                     names[name] = _Later(self, value)
                 elif type(value).__name__ == "constexpr":
                     names[name] = value.value
-        tree = _Values().visit(ast.parse(textwrap.dedent(inspect.getsource(plain))))
+                elif type(value).__name__ == "ConstexprFunction":
+                    names[name] = _Later(self, value)
+        lines, start = inspect.getsourcelines(plain)
+        tree = _Values().visit(ast.parse(textwrap.dedent("".join(lines))))
+        ast.increment_lineno(tree, start - 1)
         found: dict[str, Any] = {}
         exec(compile(tree, inspect.getsourcefile(plain) or "kernel", "exec"), self.modules[id(known)], found)
         return found[plain.__name__]
@@ -451,7 +466,7 @@ class _Names:
     def _multiply(
         self, a: Shared, b: Shared, acc: Any, *, use_acc: Any = True, is_async: bool = False
     ) -> Accumulator | Tensor:
-        product = Accumulator(a.place, b.place, acc, bool(use_acc))
+        product = Accumulator(a, b, acc, bool(use_acc))
         self.machine.me.products.append(product)
         self.machine.pause()
         if is_async:
@@ -507,6 +522,8 @@ def _both(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], 
     """Of two tensors, or of a tensor and a number."""
 
     def call(x: Any, y: Any) -> Any:
+        if not isinstance(x, Tensor) and not isinstance(y, Tensor):
+            return function(torch.tensor(x), torch.tensor(y)).item()
         like = x if isinstance(x, Tensor) else y
         return function(*(z if isinstance(z, Tensor) else torch.as_tensor(z, dtype=like.dtype) for z in (x, y)))
 
