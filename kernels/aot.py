@@ -128,6 +128,7 @@ GROUPS = {
     "walk_group": "walk by groups that meet",
     "walk_group-layer": "walk by groups, a launch per layer",
 }
+RINGS = {"walk_ring": "walk, activations in shared memory (FASTFLOW_RING=1)"}
 LOSSES = {
     "matching_fwd": "loss",
     "matching_fwd-keep-save": "loss, activations stored",
@@ -142,7 +143,7 @@ BACKWARD = {
     "backward-recompute": "back from a walk, computed again, without weights",
     "backward-recompute-weights-midpoint-rows": "back from a walk: midpoint, times per row, computed again",
 }
-KERNELS = WALKS | GROUPS | LOSSES | BACKWARD
+KERNELS = WALKS | GROUPS | RINGS | LOSSES | BACKWARD
 _BASE = ("integrate_fwd", "matching_fwd-keep-save", "backward-loss-weights")
 # What each field's agent runs beyond or instead of the base.
 _USED = {
@@ -150,7 +151,7 @@ _USED = {
     "floq-resnet": (*_BASE, "integrate_fwd-keep-save", "backward-weights", "backward-recompute-weights"),
     **dict.fromkeys(
         ("fql-one-step", "floq-distilled"),
-        ("integrate_fwd", "integrate_fwd-keep-save", "backward-weights", "walk_group"),
+        ("integrate_fwd", "integrate_fwd-keep-save", "backward-weights", "walk_group", "walk_ring"),
     ),
     "td-flow": (
         *("integrate_fwd", "integrate_fwd-midpoint-rows", "matching_fwd-keep-save"),
@@ -161,10 +162,10 @@ _USED = {
         "backward-recompute-weights-midpoint-rows",
     ),
     "fpo": (*_BASE, "integrate_fwd-noise", "matching_fwd-draw-keep-save"),
-    "fpo++": (*_BASE, "integrate_fwd-noise", "matching_fwd-draw-keep-save", "walk_group"),
-    "fql-actor": (*_BASE, "walk_group"),
-    "floq-2-layers": (*_BASE, "walk_group"),
-    "floq-256": (*_BASE, "walk_group"),
+    "fpo++": (*_BASE, "integrate_fwd-noise", "matching_fwd-draw-keep-save", "walk_group", "walk_ring"),
+    "fql-actor": (*_BASE, "walk_group", "walk_ring"),
+    "floq-2-layers": (*_BASE, "walk_group", "walk_ring"),
+    "floq-256": (*_BASE, "walk_group", "walk_ring"),
 }
 
 
@@ -181,6 +182,9 @@ def entries(kernel: str, field: str, arch: int) -> tuple[plan.Tiles, ...]:
     """The plan's tiles for one kernel, field and arch."""
     if kernel in GROUPS:
         return plan.group_tiles(arch, FIELDS[field])
+    if kernel in RINGS:
+        ring = plan.ring(arch, FIELDS[field])
+        return (ring.tiles,) if ring else ()
     return plan.candidates(kernel.partition("-")[0], arch, FIELDS[field])
 
 
@@ -261,7 +265,7 @@ class Resources:
 
 
 _MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA")
-_SHOWN = (*_MATRIX, "LDGSTS", "LDL", "STL", "MUFU", "FFMA")
+_SHOWN = (*_MATRIX, "LDGSTS", "UTMALDG", "LDL", "STL", "MUFU", "FFMA")
 
 
 def lower(kernel: str, net: plan.Network, arch: int, tiles: plan.Tiles) -> Any:
@@ -274,11 +278,15 @@ def lower(kernel: str, net: plan.Network, arch: int, tiles: plan.Tiles) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    source_of = ASTSource
+    if kernel in RINGS:
+        from triton.experimental.gluon._runtime import GluonASTSource as source_of
+
     function, types, constants = arguments(kernel, net, arch, tiles)
     signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
     # What a launch knows of its arguments: every pointer is aligned to 16 bytes.
     aligned = [i for i, name in enumerate(function.arg_names) if signature[name].startswith("*")]
-    source = ASTSource(
+    source = source_of(
         fn=function,
         signature=signature,
         constexprs=constants,
@@ -367,6 +375,8 @@ def arguments(
     from .pack import net_shape
 
     base, *flags = kernel.split("-")
+    if kernel in RINGS:
+        return _ring_arguments(net, arch, tiles)
     function = {
         "integrate_fwd": integrate_fwd_kernel,
         "matching_fwd": matching_fwd_kernel,
@@ -407,6 +417,23 @@ def arguments(
         "G": net.padded[0] // tiles.columns,
     }
     return function, types, {name: values[name] for name in function.arg_names if name in values}
+
+
+def _ring_arguments(
+    net: plan.Network, arch: int, tiles: plan.Tiles
+) -> tuple[Any, dict[str, str], dict[str, object]]:
+    from .pack import net_shape
+    from .ring import tile_layout, walk_ring_kernel
+
+    ring = plan.ring(arch, net)
+    assert ring is not None  # as `entries` has asked
+    weights = f"tensordesc<bf16[{plan.RING_TILE}, {tiles.columns}],{tile_layout(tiles)!r}>"
+    types = {"c_ptr": "*bf16", "first": weights, "hidden": weights}
+    types |= dict.fromkeys(("M", "samples", "num_steps"), "i32")
+    for name in walk_ring_kernel.arg_names:
+        types.setdefault(name, "*fp32" if name.endswith("_ptr") else "fp32")
+    values = {"NET": net_shape(net, True, tiles)._replace(ARITH="fast"), "PLACES": ring.places}
+    return walk_ring_kernel, types, values
 
 
 _STORED = {
@@ -460,6 +487,9 @@ def code_of(module: str, name: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+_DECORATORS = ("triton.jit", "gluon.jit", "gluon.constexpr_function")
+
+
 @functools.cache
 def device_functions(text: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """(tokens of every triton function without comments and docstrings, module of every name imported from beside)."""
@@ -474,7 +504,7 @@ def device_functions(text: str) -> tuple[dict[str, tuple[str, ...]], dict[str, s
     functions = {}
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef) or not any(
-            "triton.jit" in ast.unparse(d) for d in node.decorator_list
+            name in ast.unparse(d) for d in node.decorator_list for name in _DECORATORS
         ):
             continue
         first, last = node.decorator_list[0].lineno, node.end_lineno or 0
@@ -760,7 +790,7 @@ def markdown(rows: Sequence[Row]) -> str:
             ops = " ".join(
                 f"{name.removeprefix('v_')} {n}"
                 for name, n in r.opcodes.items()
-                if name in _MATRIX or name == "LDGSTS" or name.startswith("v_")
+                if name in _MATRIX or name in ("LDGSTS", "UTMALDG") or name.startswith("v_")
             )
             cells = [
                 KERNELS[row.kernel],

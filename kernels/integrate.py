@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plan
+from . import launch, plan
 from .group import integrate_by_groups
-from .launch import target
 from .narrow import narrow_cond, narrow_fwd, narrow_weights
 from .network import network_fwd
 from .pack import Packed, Prepared, Saved, net_shape, options, partial_sums, scalars, turns
@@ -229,11 +228,17 @@ def integrate(
     stages = x_0.new_empty((num_steps, e, b, s, d) if keep and two else (0,), dtype=torch.float32)
     shared = not isinstance(times[0], Tensor)
     y = turns(x_0, e, mp, net) if saved is None or net.fold else saved.out
-    arch, sms = target(x_0.device)
+    arch, sms = launch.target(x_0.device)
     if shared and method == "euler" and step_noise is None and not keep and saved is None:
         groups = plan.groups(arch, sms, net, e, m)
         if groups is not None:
             return integrate_by_groups(x_0, inputs, packed, times, num_steps, groups, net), path, stages
+        ring = plan.ring(arch, net) if launch.rings() else None
+        if ring is not None:
+            # Gluon is imported where it is used: not every triton has what this asks of it.
+            from .ring import integrate_by_ring
+
+            return integrate_by_ring(x_0, inputs, packed, times, num_steps, ring, net), path, stages
     tiles = plan.choose("integrate_fwd", arch, sms, net, e * m)
     # The backward pass reads the padding too.
     integrate_fwd_kernel[(triton.cdiv(m if saved is None else mp, tiles.rows), e)](

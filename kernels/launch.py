@@ -14,9 +14,26 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether triton is installed."""
 
 
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{name} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+RING = _switch("FASTFLOW_RING")
+"""Whether walks of many rows go by kernels/ring.py where it covers them: the environment variable FASTFLOW_RING, 0 until
+the kernel has been measured on a GPU."""
+
+
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels (it knows neither inline assembly nor bfloat16 products)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def rings() -> bool:
+    """Whether kernels/ring.py may be launched: Triton's interpreter does not know Gluon."""
+    return RING and not interpreted()
 
 
 class Arithmetic(NamedTuple):

@@ -60,19 +60,37 @@ def load_weights(first, hidden, ring, full, empty, i_e, n_e, num_steps, NET: gl.
     for _ in range(num_steps):
         for n in gl.static_range(HP // BN):
             # Rows beyond the member's own are not multiplied.
-            at = load_next(first, i_e * NET.FP, n, ring, full, empty, at, NET, PLACES)
+            at = load_next(first, i_e * NET.FP, n, consumer_of(n, True), ring, full, empty, at, NET, PLACES)
         for l in range(1, NET.L):
             row = ((l - 1) * n_e + i_e) * HP
             for n in gl.static_range(HP // BN):
                 for k in range(0, HP, BK):
-                    at = load_next(hidden, row + k, n, ring, full, empty, at, NET, PLACES)
+                    at = load_next(hidden, row + k, n, consumer_of(n, False), ring, full, empty, at, NET, PLACES)
+
+
+@gluon.constexpr_function
+def consumer_of(n, first):
+    """Who multiplies tile n of a layer's columns. Of the first layer, where there is next to nothing to multiply, the
+    second consumer takes all but one: the first goes on to the layer behind it while chunks come in."""
+    return min(n, 1) if first else n % 2
 
 
 @gluon.jit
-def load_next(weights, row, n: gl.constexpr, ring, full, empty, at, NET: gl.constexpr, PLACES: gl.constexpr):
-    """Starts the load of tile number `at`; returns the number of the next."""
+def load_next(
+    weights,
+    row,
+    n: gl.constexpr,
+    C: gl.constexpr,
+    ring,
+    full,
+    empty,
+    at,
+    NET: gl.constexpr,
+    PLACES: gl.constexpr,
+):
+    """Starts the load of tile number `at`, for consumer C; returns the number of the next."""
     place = at % PLACES
-    bar = full.index((n % 2) * PLACES + place)
+    bar = full.index(C * PLACES + place)
     mbarrier.wait(empty.index(place), ((at // PLACES) & 1) ^ 1)
     mbarrier.expect(bar, BK * NET.BN * 2)
     load_tile(weights, [row, n * NET.BN], bar, ring.index(place))
@@ -84,7 +102,7 @@ def load_next(weights, row, n: gl.constexpr, ring, full, empty, at, NET: gl.cons
 
 @gluon.jit
 def walk_columns(
-    C: gl.constexpr,  # this consumer: it has tiles C, C + 2, ... of every layer's columns
+    C: gl.constexpr,  # this consumer
     pointers,
     numbers,
     buffers,
@@ -175,6 +193,9 @@ def layer(
     NC: gl.constexpr = HP // BN
     KC: gl.constexpr = 1 if FIRST else HP // BK
     PER: gl.constexpr = BN // BK
+    # This consumer's tiles, see `consumer_of`.
+    STRIDE: gl.constexpr = 1 if FIRST and C == 1 else 2
+    END: gl.constexpr = 1 if FIRST and C == 0 else NC
     NORM: gl.constexpr = NET.NORM == "after"
     ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
     turn = g % 2
@@ -184,7 +205,7 @@ def layer(
     s2 = gl.zeros([BM], gl.float32, layout=ROWS)
     s_v = gl.zeros([BM], gl.float32, layout=ROWS)
     r = s1
-    for n in gl.static_range(C, NC, 2):
+    for n in gl.static_range(C, END, STRIDE):
         # On their way while products run.
         b_bias = gl.load(p_bias + n * BN + o_n)
         if FIRST and NET.COND:
@@ -224,7 +245,7 @@ def layer(
             s_v += gl.sum(b_y * gl.load(p_out + n * BN + o_n)[None, :], 1)
         else:
             store_chunk(act, turn * (HP // BK) + n * PER, b_y.to(gl.bfloat16), NET)
-        if n + 2 >= NC:
+        if n + STRIDE >= END:
             if NORM:
                 stats.index(turn * 4 + C * 2).store(s1)
                 stats.index(turn * 4 + C * 2 + 1).store(s2)
@@ -318,6 +339,7 @@ def read_head(C: gl.constexpr, act, stats, head, p_b_out, turn, eps, STATE: gl.c
         b_acc = gl.zeros([BM, DP], gl.float32, layout=STATE)
         for k in range(KC):
             b_acc = warpgroup_mma(act.index(turn * KC + k), head.index(k), b_acc, use_acc=k > 0, is_async=True)
+            b_acc = warpgroup_mma_wait(num_outstanding=1, deps=(b_acc,))
         b_acc = warpgroup_mma_wait(num_outstanding=0, deps=(b_acc,))
         if NORM:
             s1, s2 = row_sums(stats, turn, 0, NET.BM, ROWS)
@@ -405,6 +427,11 @@ def walk_ring_kernel(
     )
 
 
+def tile_layout(tiles: plan.Tiles) -> gl.NVMMASharedLayout:
+    """How a tile of weights is laid out in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([plan.RING_TILE, tiles.columns], gl.bfloat16)
+
+
 def integrate_by_ring(
     x_0: Tensor,
     inputs: Prepared,
@@ -419,8 +446,7 @@ def integrate_by_ring(
     m, width, tiles = b * s, net.padded[0], ring.tiles
     x_0 = x_0.contiguous()
     out = torch.empty_like(x_0)
-    block = [BK.value, tiles.columns]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    block, layout = [plan.RING_TILE, tiles.columns], tile_layout(tiles)
     first, hidden = (
         TensorDescriptor.from_tensor(x.view(-1, width), block, layout)
         for x in (packed.w_feat, packed.w_hidden if net.layers > 1 else packed.w_feat)

@@ -7,11 +7,12 @@ A design is a way to lay the evaluations of a network out over a GPU:
             memory for the whole walk and meets the others at a barrier behind every layer
     layers  one launch per layer, in a CUDA graph, over tiles of rows and columns
     narrow  hidden widths of at most 64: weights and activations stay in registers
+    ring    one program owns 64 rows, whose activations stay in its shared memory, and two groups of its warps take turns
 
 A layer takes the longer of its products and of what L2 has to deliver for them (what goes back has wires of its own),
-then its epilogue (bias, activation,
-statistics, rounding), then what it waits for: nothing hides the epilogue or the wait, unless several programs are on a
-multiprocessor, in which case their waits overlap. `predict` adds all up, `best` names the cheapest design.
+then its epilogue (bias, activation, statistics, rounding), then what it waits for: nothing hides the epilogue or the
+wait, unless several programs are on a multiprocessor, in which case their waits overlap, or two groups of warps take
+turns, in which case epilogues hide behind products. `predict` adds all up, `best` names the cheapest design.
 
 What is prepared and added up around a launch is not in here: see `around` and `weight_gradients`. `built` names the
 design that runs.
@@ -25,10 +26,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import plan
+from . import launch, plan
 from .plan import Network, Tiles
 
-DESIGNS = ("rows", "group", "layers", "narrow")
+DESIGNS = ("rows", "group", "layers", "narrow", "ring")
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ EPILOGUE, EPILOGUE_BACK = 20, 26
 EMBEDDING, EMBEDDING_SMOOTH = {"hl_gauss": 64}, {"hl_gauss": 16}
 # Registers of a multiprocessor over what a thread may take.
 THREADS = 65536 // 255
+# The same of kernels/ring.py, whose activations need no addresses; counted by tests/test_ring.py.
+EPILOGUE_RING = 13
 # Programs of a group; each member of an ensemble has groups of its own.
 GROUP_SIZES = (4, 8, 16, 32)
 GROUP_TILE = 16
@@ -258,6 +261,10 @@ def why_not(design: str, kernel: str, net: Network, machine: Machine) -> str | N
         return (
             None if max(net.padded) <= plan.NARROW_WIDTH and net.chain else "a layer wider than 64, or with two inputs"
         )
+    if design == "ring":
+        if kernel != "integrate_fwd":
+            return "walks alone"
+        return None if plan.ring(machine.arch, net) else "Hopper, bf16 and widths that its shared memory holds twice"
     if not net.fold:
         return "a norm that is not folded, or layers with two inputs"
     if design == "group" and kernel == "backward":
@@ -324,6 +331,8 @@ def predict(
             (_narrow(parts, net, m, evaluations, machine, members, bm, through_memory) for bm in NARROW_ROWS),
             key=lambda cost: cost.seconds,
         )
+    if design == "ring":
+        return _ring(parts, net, m, evaluations, machine, members, through_memory)
     tiles = tiles or plan.choose(kernel, machine.arch, machine.sms, net, rows)
     return _rows(parts, net, m, evaluations, machine, members, tiles, through_memory)
 
@@ -383,7 +392,7 @@ def built(
     plain = kernel == "integrate_fwd" and not (save or own_times)
     if plain and plan.groups(machine.arch, machine.sms, net, members, -(-rows // members)):
         return "group"
-    return "rows"
+    return "ring" if plain and launch.RING and plan.ring(machine.arch, net) else "rows"
 
 
 def best_tiles(
@@ -538,6 +547,49 @@ def _narrow(
         l2 = max(l2, _memory(layer.kept, members * m, machine, through_memory))
         total += _phase(tensor, l2, epilogue, NARROW_CYCLES / machine.clock * -(-turns // together))
     total += _phase(0.0, 0.0, turns * _embedding(net, bm, machine), 0.0)
+    return total.times(evaluations) + _phase(0.0, 0.0, 0.0, machine.node)
+
+
+def _ring(
+    parts: Sequence[Layer],
+    net: Network,
+    m: int,
+    evaluations: int,
+    machine: Machine,
+    members: int,
+    through_memory: bool,
+) -> Cost:
+    ring = plan.ring(machine.arch, net)
+    assert ring is not None  # else `why_not` had a reason
+    size, rate, bm = net.element_size, machine.rate(net.precision) / machine.sms, ring.tiles.rows
+    programs = members * -(-m // bm)
+    busy, turns = min(programs, machine.sms), -(-programs // machine.sms)
+
+    def epilogue(columns: int, instructions: int) -> float:
+        return turns * bm * columns * instructions / (LANES * machine.clock)
+
+    total = Cost()
+    # A scalar's head is in the last layer's epilogue.
+    for i, layer in enumerate(parts[:-1] if net.state_padded == 1 else parts):
+        loads = size * layer.inputs * layer.outputs + bm * (layer.extra + layer.kept)
+        l2 = turns * max(busy * loads / machine.l2, loads / machine.port)
+        l2 = max(l2, _memory(layer.kept, members * m, machine, through_memory))
+        tensor = turns * 2 * bm * layer.inputs * layer.outputs / rate
+        instructions = layer.instructions - EPILOGUE + EPILOGUE_RING if i < net.layers else layer.instructions
+        # The first layer's products are too short to hide behind, and nothing hides the head.
+        if 0 < i < net.layers:
+            behind = max(tensor, l2, epilogue(layer.outputs, instructions))
+            total += Cost(tensor, l2, epilogue(layer.outputs, instructions), 0.0, behind, behind)
+        else:
+            total += _phase(tensor, l2, epilogue(layer.outputs, instructions), 0.0)
+        if i == 1 and layer.outputs > 2 * ring.tiles.columns:
+            # The first consumer's first tile behind the second's last epilogues of the layer before, all but a chunk.
+            tiles = layer.outputs // ring.tiles.columns
+            ahead = max(tensor, l2) / tiles * (tiles - 1) / tiles
+            total += Cost(seconds=-ahead, overlapped=-ahead)
+    # What is left when a step's last product is done, then the state and its features.
+    total += _phase(0.0, 0.0, epilogue(ring.tiles.columns, EPILOGUE_RING), 0.0)
+    total += _phase(0.0, 0.0, turns * _embedding(net, bm, machine), 2 * machine.start * turns)
     return total.times(evaluations) + _phase(0.0, 0.0, 0.0, machine.node)
 
 
