@@ -419,9 +419,7 @@ def arguments(
     return function, types, {name: values[name] for name in function.arg_names if name in values}
 
 
-def _ring_arguments(
-    net: plan.Network, arch: int, tiles: plan.Tiles
-) -> tuple[Any, dict[str, str], dict[str, object]]:
+def _ring_arguments(net: plan.Network, arch: int, tiles: plan.Tiles) -> tuple[Any, dict[str, str], dict[str, object]]:
     from .pack import net_shape
     from .ring import tile_layout, walk_ring_kernel
 

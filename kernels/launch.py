@@ -22,8 +22,8 @@ def _switch(name: str) -> bool:
 
 
 RING = _switch("FASTFLOW_RING")
-"""Whether walks of many rows go by kernels/ring.py where it covers them: the environment variable FASTFLOW_RING, 0 until
-the kernel has been measured on a GPU."""
+"""Whether walks of many rows go by kernels/ring.py where it covers them: the environment variable FASTFLOW_RING, which
+is 0 until the kernel has been measured on a GPU."""
 
 
 def interpreted() -> bool:

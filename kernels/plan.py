@@ -440,7 +440,7 @@ def ring(arch: int, net: Network) -> Ring | None:
         return None
     columns = min(128, width // 2)
     head = 2 * rows * 4 if dp == 1 else width * dp * 2
-    # Two layers' activations; sums of rows; barriers, three for every place; what the compiler keeps for groups of warps.
+    # Two layers' activations; sums of rows; barriers; what the compiler keeps for groups of warps.
     kept = 2 * rows * width * 2 + 8 * rows * 4 + head + 8 * (2 * width // columns + 1) + 288
     places = min(RING_PLACES[1], (SHARED_MEMORY[90] - kept) // (RING_TILE * columns * 2 + 24))
     return Ring(Tiles(rows, columns, 4, 1), places) if places >= RING_PLACES[0] else None

@@ -1,4 +1,4 @@
-"""The K-step walk by two groups of warps that take turns at the tensor cores: for many rows of a wide network on Hopper.
+"""The K-step walk by two groups of warps that take turns at the tensor cores: many rows of a wide network on Hopper.
 
 A program owns 64 rows of one member for the whole walk. Activations never leave its shared memory: two buffers take
 turns from layer to layer. One warp loads weights, tile after tile in the order in which they are multiplied, into a

@@ -7,7 +7,7 @@ A design is a way to lay the evaluations of a network out over a GPU:
             memory for the whole walk and meets the others at a barrier behind every layer
     layers  one launch per layer, in a CUDA graph, over tiles of rows and columns
     narrow  hidden widths of at most 64: weights and activations stay in registers
-    ring    one program owns 64 rows, whose activations stay in its shared memory, and two groups of its warps take turns
+    ring    one program owns 64 rows, whose activations stay in its shared memory; two groups of its warps take turns
 
 A layer takes the longer of its products and of what L2 has to deliver for them (what goes back has wires of its own),
 then its epilogue (bias, activation, statistics, rounding), then what it waits for: nothing hides the epilogue or the
@@ -568,6 +568,9 @@ def _ring(
     def epilogue(columns: int, instructions: int) -> float:
         return turns * bm * columns * instructions / (LANES * machine.clock)
 
+    def phase(tensor: float, l2: float, epilogue: float, seconds: float, wait: float = 0.0) -> Cost:
+        return Cost(tensor, l2, epilogue, wait, seconds + wait, seconds + wait)
+
     total = Cost()
     # A scalar's head is in the last layer's epilogue.
     for i, layer in enumerate(parts[:-1] if net.state_padded == 1 else parts):
@@ -575,21 +578,18 @@ def _ring(
         l2 = turns * max(busy * loads / machine.l2, loads / machine.port)
         l2 = max(l2, _memory(layer.kept, members * m, machine, through_memory))
         tensor = turns * 2 * bm * layer.inputs * layer.outputs / rate
-        instructions = layer.instructions - EPILOGUE + EPILOGUE_RING if i < net.layers else layer.instructions
+        hidden, products = 0 < i < net.layers, max(tensor, l2)
+        behind = epilogue(layer.outputs, layer.instructions + (EPILOGUE_RING - EPILOGUE if i < net.layers else 0))
         # The first layer's products are too short to hide behind, and nothing hides the head.
-        if 0 < i < net.layers:
-            behind = max(tensor, l2, epilogue(layer.outputs, instructions))
-            total += Cost(tensor, l2, epilogue(layer.outputs, instructions), 0.0, behind, behind)
-        else:
-            total += _phase(tensor, l2, epilogue(layer.outputs, instructions), 0.0)
-        if i == 1 and layer.outputs > 2 * ring.tiles.columns:
-            # The first consumer's first tile behind the second's last epilogues of the layer before, all but a chunk.
-            tiles = layer.outputs // ring.tiles.columns
-            ahead = max(tensor, l2) / tiles * (tiles - 1) / tiles
-            total += Cost(seconds=-ahead, overlapped=-ahead)
+        seconds = max(products, behind) if hidden else products + behind
+        tiles = layer.outputs // ring.tiles.columns
+        if i == 1 and tiles > 2:
+            # All but a chunk of the first consumer's first tile goes on beside the first layer's last epilogues.
+            seconds -= products / tiles * (tiles - 1) / tiles
+        total += phase(tensor, l2, behind, seconds)
     # What is left when a step's last product is done, then the state and its features.
-    total += _phase(0.0, 0.0, epilogue(ring.tiles.columns, EPILOGUE_RING), 0.0)
-    total += _phase(0.0, 0.0, turns * _embedding(net, bm, machine), 2 * machine.start * turns)
+    tail = epilogue(ring.tiles.columns, EPILOGUE_RING) + turns * _embedding(net, bm, machine)
+    total += phase(0.0, 0.0, 0.0, tail, 2 * machine.start * turns)
     return total.times(evaluations) + _phase(0.0, 0.0, 0.0, machine.node)
 
 

@@ -240,13 +240,18 @@ class Partition:
 class Machine:
     """One program at a time of a kernel written in Gluon.
 
-    `Machine(seed).launch(kernel, grid, arguments)` runs every program; `order` is which partition goes on at a choice:
-    "any", or the number of one that always goes first.
+    `Machine().launch(kernel, grid, arguments)` runs every program.
+
+    Args:
+        seed: of what happens first where anything may.
+        first: a partition that always goes on before the others, and before copies land; None for any.
+        edit: of a kernel's source, for what a mistake in it comes to.
     """
 
-    def __init__(self, seed: int = 0, order: str | int = "any") -> None:
+    def __init__(self, seed: int = 0, first: int | None = None, edit: Callable[[str], str] = str) -> None:
         self.random = random.Random(seed)
-        self.order = order
+        self.first = first
+        self.edit = edit
         self.partitions: list[Partition] = []
         self.copies: list[Callable[[], None]] = []
         self.failure: Exception | None = None
@@ -310,7 +315,7 @@ class Machine:
 
     def _step(self) -> None:
         ready = [p for p in self.partitions if not p.done and p.ready()]
-        first = [p for p in ready if p.number == self.order]
+        first = [p for p in ready if p.number == self.first]
         actions: list[Partition | None] = [*(first or ready), *([None] if self.copies and not first else [])]
         if not actions:
             waiting = [p.number for p in self.partitions if not p.done]
@@ -406,7 +411,7 @@ class _Names:
                 elif type(value).__name__ == "ConstexprFunction":
                     names[name] = _Later(self, value)
         lines, start = inspect.getsourcelines(plain)
-        tree = _Values().visit(ast.parse(textwrap.dedent("".join(lines))))
+        tree = _Values().visit(ast.parse(self.machine.edit(textwrap.dedent("".join(lines)))))
         ast.increment_lineno(tree, start - 1)
         found: dict[str, Any] = {}
         exec(compile(tree, inspect.getsourcefile(plain) or "kernel", "exec"), self.modules[id(known)], found)
@@ -539,3 +544,18 @@ _INSTRUCTIONS = {"tanh.approx.f32": torch.tanh, "rcp.approx.ftz.f32": torch.reci
 
 def _assembly(text: str, constraints: str, args: Sequence[Tensor], **_: Any) -> Tensor:
     return _INSTRUCTIONS[text.split()[0]](*args)
+
+
+class Emulated:
+    """In a kernel's place: launches run on a machine of their own, `Machine(**options)`; `launches` counts them."""
+
+    def __init__(self, kernel: Any, **options: Any) -> None:
+        self.kernel, self.options, self.launches = kernel, options, 0
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> None:
+            self.launches += 1
+            given = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
+            Machine(**self.options).launch(self.kernel, grid, given)
+
+        return launch

@@ -36,7 +36,7 @@ def test_floors():
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(16, "group"), (128, "group"), (512, "group"), (1024, "group"), (8192, "rows")]
+    ("rows", "expected"), [(16, "group"), (128, "group"), (512, "group"), (1024, "group"), (8192, "ring")]
 )
 def test_choice_over_rows(rows, expected):
     assert best(CRITIC, rows, 8, H200, members=2) == expected
@@ -64,6 +64,25 @@ def test_what_the_plan_runs_takes_little_more_than_the_cheapest_that_there_is(na
         cheapest = best(net, rows, 10, machine, designs=there, members=members)
         taken, least = (seconds(d, rows, 10, net, machine, members=members) for d in (runs, cheapest))
         assert taken <= 1.3 * least, (rows, runs, cheapest)
+
+
+def test_many_rows_go_by_the_ring_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(roofline.launch, "RING", True)
+    for rows in (4096, 16384):
+        assert roofline.built(CRITIC, rows, H200, members=2) == "ring"
+        assert roofline.built(CRITIC, rows, H200, members=2, save=True) == "rows"
+    assert roofline.built(CRITIC, 512, H200, members=2) == "group"
+    assert roofline.built(CRITIC, 4096, roofline.A100, members=2) == "rows"
+    for name in ("floq", "fpo-plus"):
+        for rows in (2**i for i in range(9, 17)):
+            taken, least = (seconds(d, rows, 10, NETWORKS[name], members=2) for d in ("ring", "rows"))
+            assert taken <= 1.05 * least, (name, rows)
+
+
+def test_the_ring_hides_epilogues():
+    cost = predict("ring", "integrate_fwd", CRITIC, 4096, 8, H200, members=2)
+    assert cost.seconds < cost.tensor + cost.epilogue
+    assert cost.seconds < 0.65 * seconds("rows", 4096, members=2)
 
 
 def test_only_plain_walks_go_by_groups():
