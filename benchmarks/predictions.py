@@ -45,10 +45,10 @@ HEAD = "PREDICTIONS, NOT MEASUREMENTS: a model of the machine, nothing has run"
 
 
 def kernels_us(
-    case: Case, machine: Machine, precision: str, designs: Sequence[str] | None = None
+    case: Case, machine: Machine, precision: str, designs: Sequence[str] | None = None, ring: bool = False
 ) -> tuple[float, dict[str, str]]:
     """(microseconds of a case's launches and weight gradients, each by the cheapest of some designs, or without any by
-    the one that runs; which).
+    the one that runs, `ring` with FASTFLOW_RING=1; which).
 
     Raises:
         ValueError: none of the designs covers the case.
@@ -63,7 +63,7 @@ def kernels_us(
     options: dict[str, Any] = {"members": members, "own_times": own_times}
     save = bool(case.gradient) and stored
     if designs is None:
-        chosen = {forward: roofline.built(net, rows, machine, forward, save=save, **options)}
+        chosen = {forward: roofline.built(net, rows, machine, forward, save=save, ring=ring, **options)}
     else:
         names = {"designs": designs, "save": save, **options}
         chosen = {forward: roofline.best(net, rows, evaluations, machine, forward, **names)}
@@ -82,12 +82,12 @@ def kernels_us(
     return 1e6 * seconds, chosen
 
 
-def plain_us(case: PlainPass, machine: Machine, precision: str) -> float:
+def plain_us(case: PlainPass, machine: Machine, precision: str, ring: bool = False) -> float:
     """Microseconds of a plain network's kernels and weight gradients, by the design that runs."""
     net = fused_dense.network(Kind(case.widths, True, "gelu_tanh", case.norm, 1e-6, precision))
     rows, save = case.members * case.rows, bool(case.gradient)
     options: dict[str, Any] = {"members": case.members, "save": save}
-    design = roofline.built(net, rows, machine, **options)
+    design = roofline.built(net, rows, machine, ring=ring, **options)
     seconds = roofline.predict(design, "integrate_fwd", net, rows, 1, machine, **options).seconds
     if case.gradient:
         seconds += roofline.predict("rows", "backward", net, rows, 1, machine, members=case.members).seconds
@@ -116,6 +116,7 @@ def of_case(case: Case, machine: Machine, precision: str, launched: int) -> dict
     own = 1 + bool(case.gradient)
     around = 1e6 * roofline.around(max(launched - own, 0), machine)
     built, built_by = kernels_us(case, machine, precision)
+    ring, _ = kernels_us(case, machine, precision, ring=True)
     chosen, chosen_by = kernels_us(case, machine, precision, roofline.DESIGNS)
     return {
         "title": case.title,
@@ -124,6 +125,7 @@ def of_case(case: Case, machine: Machine, precision: str, launched: int) -> dict
         "kernels_us": by_design,
         "predicted_us": built + around,
         "built": built_by,
+        "ring_us": ring + around,
         "chosen_us": chosen + around,
         "chosen": chosen_by,
         "floor_us": floor_us(case.flops, case.bytes, machine, precision),
@@ -133,19 +135,23 @@ def of_case(case: Case, machine: Machine, precision: str, launched: int) -> dict
 def of_update(case: UpdateCase | Td2UpdateCase, machine: Machine, precision: str, launched: int) -> dict[str, Any]:
     """What a whole update should take in a CUDA graph: its walks, losses and plain networks, and everything else as
     launches."""
-    plain = sum(plain_us(each, machine, precision) for each in case.plain) if isinstance(case, UpdateCase) else 0.0
-    around = 1e6 * roofline.around(launched, machine) + plain
-    built, chosen = (
-        sum(kernels_us(operator, machine, precision, designs)[0] for operator in case.launched)
-        for designs in (None, roofline.DESIGNS)
+    plain, plain_ring = (
+        sum(plain_us(each, machine, precision, ring) for each in case.plain) if isinstance(case, UpdateCase) else 0.0
+        for ring in (False, True)
+    )
+    launches_us = 1e6 * roofline.around(launched, machine)
+    built, ring, chosen = (
+        sum(kernels_us(operator, machine, precision, designs, ring)[0] for operator in case.launched)
+        for designs, ring in ((None, False), (None, True), (roofline.DESIGNS, False))
     )
     return {
         "title": case.title,
         "update": True,
         "launches": launched,
-        "around_us": around,
-        "predicted_us": built + around,
-        "chosen_us": chosen + around,
+        "around_us": launches_us + plain,
+        "predicted_us": launches_us + plain + built,
+        "ring_us": launches_us + plain_ring + ring,
+        "chosen_us": launches_us + plain + chosen,
         "floor_us": 1e6 * case.flops / machine.rate(precision),
     }
 
@@ -197,7 +203,7 @@ def _over_steps(walk: Case, machine: Machine, precision: str, launched: int) -> 
     one, two = (dataclasses.replace(walk, num_steps=k) for k in (1, 2))
     found: dict[str, Any] = {"launches": launched}
     found["around_us"] = 1e6 * roofline.around(launched - 1, machine)
-    for key in ("predicted_us", "chosen_us"):
+    for key in ("predicted_us", "ring_us", "chosen_us"):
         found[key] = at(2, key) - at(1, key)
         found[f"fixed_{key}"] = at(1, key) - found[key]
     found["floor_us"] = floor_us(two.flops - one.flops, 0, machine, precision)
@@ -208,18 +214,21 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The predictions as a table, and what they rest on."""
     designs = roofline.DESIGNS
     lines = [f"# {HEAD}", ""]
-    head = [f"predicted for {report['machine']}, µs", "built today", "cheapest design", "floor", "goal"]
+    head = [f"predicted for {report['machine']}, µs", "as it runs", "FASTFLOW_RING=1", "cheapest design"]
+    head += ["floor", "goal"]
     lines += ["| " + " | ".join([*head, "around, launches", *(f"by {design}" for design in designs)]) + " |"]
     lines += ["|---" * (len(head) + 1 + len(designs)) + "|"]
     for row in report["cases"].values():
-        cells = [row["title"], _total(row, "predicted_us", ""), _total(row, "chosen_us", _names(row))]
+        cells = [row["title"], *(_total(row, key, "") for key in ("predicted_us", "ring_us"))]
+        cells += [_total(row, "chosen_us", _names(row))]
         cells += [_us(row["floor_us"]), row["goal"] or "-", f"{_us(row['around_us'])}, {row['launches']}"]
         cells += [_us(row.get("kernels_us", {}).get(design)) or "-" for design in designs]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         f"One call in a CUDA graph, products in {report['precision']}, by the model in `kernels/roofline.py`.",
-        "Built today: by the design that runs; cheapest: by the best of all; in brackets how",
+        "As it runs: by the design that the plan takes; FASTFLOW_RING=1: with the kernel that has to be asked for",
+        "until a GPU has run it; cheapest: by the best of all, of which `layers` has not been built; in brackets how",
         "many times the floor, which is FLOPs and bytes at the machine's assumed rates. Around: what surrounds the",
         "kernels, with the number of launches, counted without running them. By a design: its kernels alone, gradients",
         "of weights included. Over K: a step, and what is fixed. The goals are those that name no rival.",

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ import fastflow as ff
 from benchmarks.cases import Case, Problem, worst
 from benchmarks.measure import Entry, Timer
 from fastflow import reference
-from fastflow.kernels import launch
+from fastflow.fused import network
+from fastflow.kernels import launch, plan
 
 # A rival that errs more than so many times as much as eager PyTorch in the same precision is not timed, and fastflow is
 # called wrong; below the floor everything counts as equally accurate.
@@ -97,6 +99,25 @@ def fused(problem: Problem, precision: str) -> Variant:
         return problem.case.run(problem.field, inputs, backend, precision)
 
     return torch_variant("fused", problem, run)
+
+
+def ring(problem: Problem, precision: str) -> Variant:
+    """fastflow with FASTFLOW_RING=1, for walks that this changes."""
+    if problem.device.type != "cuda":
+        raise Skipped("a kernel that Triton's interpreter does not run")
+    case, (arch, sms) = problem.case, launch.target(problem.device)
+    net = network(case.spec, precision)
+    plain = case.kind == "integrate" and case.method == "euler" and not (case.gradient or case.end_times)
+    if not plain or plan.ring(arch, net) is None:
+        raise Skipped("not a walk that the ring covers")
+    if plan.groups(arch, sms, net, case.spec.ensemble or 1, case.rows):
+        raise Skipped("few rows, which go by groups")
+
+    def run(**inputs: Tensor) -> Tensor:
+        with mock.patch.object(launch, "RING", True):
+            return case.run(problem.field, inputs, "fused", precision)
+
+    return torch_variant("ring", problem, run)
 
 
 def _plain(problem: Problem, precision: str) -> Callable[..., Tensor]:
@@ -446,6 +467,7 @@ def buffered_walk(problem: Problem, precision: str) -> Callable[..., Tensor]:
 
 RIVALS: dict[str, Rival] = {
     "fused": fused,
+    "ring": ring,
     "eager": eager,
     "eager baddbmm": eager_batched,
     "torchdiffeq": torchdiffeq_fixed,

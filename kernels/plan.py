@@ -576,6 +576,12 @@ def describe(arch: int | None) -> str:
     if chosen in GROUP_ARCHES:
         entries = " ".join("x".join(map(str, astuple(t))) for t in GROUP_TILES)
         lines.append(f"  walks of few rows by groups of programs, bf16 products, from {GROUP_WIDTH} wide: {entries}")
+    if chosen == 90:
+        state = "on" if launch.RING else "off"
+        lines.append(
+            "  walks of many rows with activations in shared memory, bf16 products, "
+            f"{RING_WIDTHS[0]} to {RING_WIDTHS[1]} wide: FASTFLOW_RING=1 ({state})"
+        )
     missing: dict[str, list[str]] = {}
     for kind, what in KINDS.items():
         lines.append(f"  {what}")

@@ -385,14 +385,17 @@ def built(
     members: int = 1,
     save: bool = False,
     own_times: bool = False,
+    ring: bool | None = None,
 ) -> str:
-    """Name of the design that runs: what the plan chooses, of those that kernels exist of."""
+    """Name of the design that runs: what the plan chooses, of those that kernels exist of. `ring`: with FASTFLOW_RING
+    1 or 0, by default as it is."""
     if kernel != "backward" and plan.narrow(net):
         return "narrow"
     plain = kernel == "integrate_fwd" and not (save or own_times)
     if plain and plan.groups(machine.arch, machine.sms, net, members, -(-rows // members)):
         return "group"
-    return "ring" if plain and launch.RING and plan.ring(machine.arch, net) else "rows"
+    asked = launch.RING if ring is None else ring
+    return "ring" if plain and asked and plan.ring(machine.arch, net) else "rows"
 
 
 def best_tiles(

@@ -438,7 +438,7 @@ def test_committed_predictions_are_those_of_the_model():
         of = predictions.of_case if name in CASES else predictions.of_update
         expected = of(CASES.get(name) or GPU_UPDATES[name], machine, written["precision"], case["launches"])
         again = "make them again: python -m benchmarks.predictions"
-        for key in ("predicted_us", "chosen_us", "floor_us"):
+        for key in ("predicted_us", "ring_us", "chosen_us", "floor_us"):
             assert case[key] == pytest.approx(expected[key]), again
     assert predictions.markdown(written) == path.read_text(encoding="utf-8")
     assert path.read_text(encoding="utf-8").startswith("# PREDICTIONS, NOT MEASUREMENTS")
