@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import launch, plan
 from .group import integrate_by_groups
+from .launch import target
 from .narrow import narrow_cond, narrow_fwd, narrow_weights
 from .network import network_fwd
 from .pack import Packed, Prepared, Saved, net_shape, options, partial_sums, scalars, turns
@@ -228,7 +229,7 @@ def integrate(
     stages = x_0.new_empty((num_steps, e, b, s, d) if keep and two else (0,), dtype=torch.float32)
     shared = not isinstance(times[0], Tensor)
     y = turns(x_0, e, mp, net) if saved is None or net.fold else saved.out
-    arch, sms = launch.target(x_0.device)
+    arch, sms = target(x_0.device)
     if shared and method == "euler" and step_noise is None and not keep and saved is None:
         groups = plan.groups(arch, sms, net, e, m)
         if groups is not None:

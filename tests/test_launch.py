@@ -55,7 +55,7 @@ def compile_only(self, *args, grid, warmup, **options):
 jit.JITFunction.run = compile_only
 import fastflow as ff
 from fastflow import fused
-from fastflow.kernels import backward, integrate, matching
+from fastflow.kernels import backward, integrate, launch, matching, plan
 
 for module in (integrate, matching, backward):
     module.target = lambda device: (90, 132)
@@ -71,7 +71,10 @@ specs = [
     prediction="endpoint"), ff.FieldSpec(2, 4, (32,) * 3, None, "silu", "layer", norm_first=True,
     architecture=ff.ResidualMLP(2)), ff.FieldSpec(1, 5, (256, 256), 2, norm="layer", time_embedding=ff.Cosine()),
 ]
+specs += specs[-1:]
 spec, precision = specs[int(sys.argv[1])], sys.argv[2]
+if launch.RING:
+    plan.groups = lambda *_: None
 members, none = spec.ensemble or 1, torch.empty(0)
 parameters = ff.VelocityField(spec).parameter_list()
 parameters = [p.detach() for p in parameters]
@@ -97,13 +100,14 @@ print(json.dumps({"triton": triton.__version__, "counts": counts}))
 @pytest.mark.parametrize("triton", TRITONS, ids=IDS)
 @pytest.mark.parametrize(
     ("spec", "precision"),
-    [(0, "bf16"), (0, "tf32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (4, "bf16")],
-    ids=["floq", "floq-tf32", "td-flow", "uneven", "residual", "few rows"],
+    [(0, "bf16"), (0, "tf32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (4, "bf16"), (5, "bf16")],
+    ids=["floq", "floq-tf32", "td-flow", "uneven", "residual", "few rows", "ring"],
 )
 def test_launches_compile_once_for_any_number_of_rows_and_steps(spec, precision, triton):
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
     if triton:
         env["PYTHONPATH"] = triton
+    env["FASTFLOW_RING"] = str(int(spec == 5))
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(spec), precision]
     run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -114,5 +118,6 @@ def test_launches_compile_once_for_any_number_of_rows_and_steps(spec, precision,
         # More rows may choose larger tiles: never more kernels than that.
         assert later[-1][name] <= 3 * first[name], (name, found["counts"])
     assert later[-1].get("walk_group_kernel", 0) == (spec == 4)
+    assert later[-1].get("walk_ring_kernel", 0) == (spec == 5)
     # From 1 row on, rows and steps alone compile nothing while the tiles stay: 1 and 5 rows have the same.
     assert later[0] == first
