@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastflow import branches
 from fastflow.agents.descent import GradientStep, hold_rates
 
 __all__ = ["GraphedUpdate", "capture_on_cuda", "make_update"]
@@ -82,6 +83,8 @@ class GraphedUpdate:
         step: in place of `agent.gradient_step`, such as with compiled losses (`make_update`).
         warmup: runs before a capture, at least 1.
         max_graphs: most graphs that are kept; each holds the memory of a gradient step.
+        branched: what the actor and the critic learn, and other parts that do not need each other, are branches of the
+            graph, which a GPU may run side by side (`fastflow.branches`).
         capture: what makes a graph, in place of `capture_on_cuda`; the agent may then be elsewhere.
 
     Raises:
@@ -97,6 +100,7 @@ class GraphedUpdate:
         step: GradientStep | None = None,
         warmup: int = 3,
         max_graphs: int = 8,
+        branched: bool = True,
         capture: Capture | None = None,
     ) -> None:
         if capture is None and agent.device.type != "cuda":
@@ -108,6 +112,7 @@ class GraphedUpdate:
         self.max_graphs = max_graphs
         self._step: GradientStep = agent.gradient_step if step is None else step
         self._warmup = warmup
+        self._branched = branched
         self._capture: Capture = capture_on_cuda if capture is None else capture
         self._graphs: dict[Hashable, _Captured] = {}
         hold_rates(agent.optimizer, agent.device)
@@ -148,7 +153,7 @@ class GraphedUpdate:
             metrics.update((name, value.dtype) for name, value in found.items())
             return torch.stack(list(found.values()))
 
-        with _put_back(self.agent):
+        with _put_back(self.agent), branches.allowed(self._branched):
             replay, table = self._capture(function, self.agent.generator, self._warmup)
         return _Captured(own, replay, table, metrics)
 

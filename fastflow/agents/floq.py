@@ -34,6 +34,7 @@ from fastflow.agents.fql_actor import (
     preset_name,
     reward_range,
 )
+from fastflow.branches import branch, settled
 from fastflow.features import feature_norm
 from fastflow.fields import MLP, Cosine, CosineFourier, RawTime, ResidualMLP, Scaled, TimeEmbedding
 from fastflow.flops import forward_flops, input_gradient_flops, training_flops
@@ -424,9 +425,10 @@ class FloqAgent(FqlActorAgent):
             walks = self._walk(obs, batch, next_obs, noise)
             runner = self._runner if direct else None
             target, value, metrics = self._backup(*walks, batch, noise.target, runner)
+        distilled = branch("distilled critic", lambda: settled(self._fit_critic(obs, actions, value, direct)[0]))
         # The published loss is a sum over noise samples.
-        floq_loss = self.config.noise_samples * self._floq_loss(obs, actions, target, noise, direct)
-        distill_loss = self._fit_critic(obs, actions, value, direct)[0]
+        floq_loss = settled(self.config.noise_samples * self._floq_loss(obs, actions, target, noise, direct))
+        distill_loss = distilled.join()
         critic_loss = floq_loss + distill_loss
         losses = {"floq_loss": floq_loss, "distill_loss": distill_loss, "critic_loss": critic_loss}
         return critic_loss, metrics | losses

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fastflow import ops
 from fastflow.agents.checks import check_config, check_state, check_tensor, check_widths, copy_state, ready_moments
 from fastflow.agents.descent import Descent, FlatGradients, GradientStep, set_rate
+from fastflow.branches import branch, settled
 from fastflow.fields import DenseStack
 from fastflow.flops import forward_flops, training_flops
 from fastflow.kernels.cpu import ONE_THREAD
@@ -459,8 +460,10 @@ class FqlActorAgent(abc.ABC):
         part of the loss has no graph; without, both have one."""
         obs = self._normalize(batch["observations"])
         next_obs = self._normalize(batch["next_observations"])
+        actor = branch("actor", self._actor_loss, obs, batch["actions"], noise, direct)
         critic_loss, critic_metrics = self._critic_loss(obs, next_obs, batch, noise, direct)
-        actor_loss, actor_metrics = self._actor_loss(obs, batch["actions"], noise, direct)
+        critic_loss = settled(critic_loss)
+        actor_loss, actor_metrics = actor.join()
         metrics = {f"critic/{name}": value for name, value in critic_metrics.items()}
         metrics |= {f"actor/{name}": value for name, value in actor_metrics.items()}
         # What native code has computed has no graph.
@@ -481,7 +484,7 @@ class FqlActorAgent(abc.ABC):
         self, obs: Tensor, actions: Tensor, noise: FqlActorNoise, direct: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config, flow = self.config, self.networks.actor_bc_flow
-        bc_flow_loss = self._bc_flow_loss(obs, actions, noise, direct)
+        bc_flow = branch("bc flow", lambda: settled(self._bc_flow_loss(obs, actions, noise, direct)))
         with torch.no_grad():
             flow_action = flow(obs, noise.action)
         found = self._onestep_loss(obs, flow_action, noise, direct)
@@ -491,7 +494,9 @@ class FqlActorAgent(abc.ABC):
             q_mean, q_loss = self._value_term(obs, action, noise)
         else:
             distill_loss, q_mean, q_loss = found
-        actor_loss = bc_flow_loss + config.alpha * distill_loss + q_loss
+        onestep_loss = settled(config.alpha * distill_loss + q_loss)
+        bc_flow_loss = bc_flow.join()
+        actor_loss = bc_flow_loss + onestep_loss
         return actor_loss, {
             "actor_loss": actor_loss,
             "bc_flow_loss": bc_flow_loss,
