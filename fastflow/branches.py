@@ -36,7 +36,12 @@ def allowed(value: bool = True) -> Iterator[None]:
 
 def active() -> bool:
     """Whether `branch` makes branches here."""
-    return not torch.compiler.is_compiling() and _allowed.get() and torch.cuda.is_current_stream_capturing()
+    return not torch.compiler.is_compiling() and _allowed.get() and _capturing()
+
+
+def _capturing() -> bool:
+    # Without CUDA in torch the second asks for it.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class Branch(Generic[T]):

@@ -11,7 +11,6 @@ import contextlib
 import weakref
 
 import pytest
-import test_graphs
 import torch
 from test_graphs import CASES, assert_same
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -127,7 +126,7 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream(board))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: board.now)
     monkeypatch.setattr(torch.cuda, "stream", board.on)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(branches, "_capturing", lambda: True)
     return board
 
 
@@ -168,8 +167,7 @@ def test_graphs_have_them_unless_they_are_told_not_to(case, streams):
 
 def test_without_a_capture_there_are_none():
     assert not branches.active()
-    with branches.allowed(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with branches.allowed():
         assert not branches.active()
     loss = torch.ones((), requires_grad=True) * 2
     assert settled(loss) is loss
