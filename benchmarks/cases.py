@@ -410,6 +410,19 @@ class UpdateCase:
         ]
 
     @property
+    def parts(self) -> dict[str, tuple[list[Case], list[PlainPass]]]:
+        """What is launched and plain by the branch of a captured update that has it (`fastflow.branches`); "" is what
+        all others wait for, or what waits for them."""
+        walk, loss, flow, bc_flow = self.launched
+        next_action, onestep, value, climbed = self.plain
+        return {
+            "": ([walk, loss], [next_action]),
+            "distilled critic": ([], [value]),
+            "actor": ([flow], [onestep, climbed]),
+            "bc flow": ([bc_flow], []),
+        }
+
+    @property
     def plain_flops(self) -> int:
         """FLOPs of its plain networks: the distilled critic and the one-step actor, forward and back."""
         c = self.config()

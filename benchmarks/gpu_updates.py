@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import PARAMETERS, TD_FLOW, UPDATES, Case, UpdateCase
+from benchmarks.cases import PARAMETERS, TD_FLOW, UPDATES, Case, PlainPass, UpdateCase
 from benchmarks.floq_update import update_by
 from benchmarks.measure import Entry, ratios
 from benchmarks.rivals import Skipped, capture, global_precision, jax_of, needs_compiler, quiet_compiler
@@ -84,6 +84,11 @@ class Td2UpdateCase:
     def launched(self) -> list[Case]:
         """The same as they are launched."""
         return self.operators
+
+    @property
+    def parts(self) -> dict[str, tuple[list[Case], list[PlainPass]]]:
+        """The same by the branch of a captured update, which has none."""
+        return {"": (self.launched, [])}
 
     @property
     def flops(self) -> int:

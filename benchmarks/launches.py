@@ -6,6 +6,7 @@ torch that does work of its own counts as one launch besides.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from unittest import mock
 
 import torch
 
+from fastflow import branches
 from fastflow.kernels import launch
 
 # Operators that only look at memory in another way, or make it.
@@ -27,6 +29,7 @@ _IDLE = {
 }
 
 _LISTS = ("_foreach_", "_fused_")
+_LAUNCH = "interpreted launch"
 
 
 @contextlib.contextmanager
@@ -37,7 +40,8 @@ def _left_out() -> Iterator[list[int]]:
     count = [0]
 
     def counted(*arguments: Any, **keywords: Any) -> None:
-        count[0] += 1
+        with torch.profiler.record_function(_LAUNCH):
+            count[0] += 1
 
     # A GPU multiplies bfloat16 as it is.
     with mock.patch.object(GridExecutor, "__call__", counted), mock.patch.object(launch, "_widened_product", torch.bmm):
@@ -63,6 +67,43 @@ def count(call: Callable[[], Any], device: torch.device) -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
             call()
     return kernels[0] + sum(map(_works, profiled.events() or []))
+
+
+def by_branch(call: Callable[[], Any]) -> dict[str, int]:
+    """Launches of the second call in each branch that it has where it is captured (`fastflow.branches`), under the
+    branch's name; "" is what is in none.
+
+    Raises:
+        RuntimeError: Triton's interpreter was not asked for.
+    """
+    if not launch.interpreted():
+        raise RuntimeError("launches of branches are counted in Triton's interpreter (TRITON_INTERPRET=1)")
+    found: collections.Counter[str] = collections.Counter()
+    with _left_out() as kernels, branches.allowed(), contextlib.ExitStack() as pretended:
+        stream = mock.Mock()
+        for owner, name, value in (
+            (branches, "_capturing", lambda: True),
+            (torch.cuda, "Stream", lambda: stream),
+            (torch.cuda, "current_stream", lambda: stream),
+            (torch.cuda, "stream", lambda _: contextlib.nullcontext()),
+        ):
+            pretended.enter_context(mock.patch.object(owner, name, value))
+        call()
+        kernels[0] = 0
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            call()
+    for event in profiled.events() or []:
+        if event.name == _LAUNCH or _works(event):
+            found[_branch_of(event)] += 1
+    return dict(found)
+
+
+def _branch_of(event: Any) -> str:
+    while event is not None:
+        if event.name.startswith("branch "):
+            return str(event.name.removeprefix("branch "))
+        event = event.cpu_parent
+    return ""
 
 
 def _works(event: Any) -> bool:

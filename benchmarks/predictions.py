@@ -132,26 +132,46 @@ def of_case(case: Case, machine: Machine, precision: str, launched: int) -> dict
     }
 
 
-def of_update(case: UpdateCase | Td2UpdateCase, machine: Machine, precision: str, launched: int) -> dict[str, Any]:
+def of_update(
+    case: UpdateCase | Td2UpdateCase, machine: Machine, precision: str, launched: Mapping[str, int]
+) -> dict[str, Any]:
     """What a whole update should take in a CUDA graph: its walks, losses and plain networks, and everything else as
-    launches."""
-    plain, plain_ring = (
-        sum(plain_us(each, machine, precision, ring) for each in case.plain) if isinstance(case, UpdateCase) else 0.0
-        for ring in (False, True)
+    launches; branches side by side, but for walks that leave no multiprocessor to others.
+
+    Args:
+        launched: kernels of every branch, as `launches.by_branch` counts them.
+    """
+
+    def total(designs: Sequence[str] | None, ring: bool) -> tuple[float, float]:
+        """Microseconds with branches, and one behind the other."""
+        alone, by_branch = 0.0, {}
+        for name, (operators, passes) in case.parts.items():
+            us = 1e6 * roofline.around(launched.get(name, 0), machine)
+            us += sum(plain_us(each, machine, precision, ring) for each in passes)
+            for operator in operators:
+                own, chosen = kernels_us(operator, machine, precision, designs, ring)
+                us += own
+                members = operator.spec.ensemble or 1
+                sizes = (network(operator.spec, precision), members * operator.rows, machine)
+                if not operator.gradient and roofline.fills(*sizes, chosen.get("integrate_fwd", ""), members):
+                    alone, us = alone + own, us - own
+            by_branch[name] = us
+        return alone + max(by_branch.values()), alone + sum(by_branch.values())
+
+    (built, in_turn), (ring, _), (chosen, _) = (
+        total(designs, ring) for designs, ring in ((None, False), (None, True), (roofline.DESIGNS, False))
     )
-    launches_us = 1e6 * roofline.around(launched, machine)
-    built, ring, chosen = (
-        sum(kernels_us(operator, machine, precision, designs, ring)[0] for operator in case.launched)
-        for designs, ring in ((None, False), (None, True), (roofline.DESIGNS, False))
-    )
+    operators_us = sum(kernels_us(operator, machine, precision)[0] for operator in case.launched)
     return {
         "title": case.title,
         "update": True,
-        "launches": launched,
-        "around_us": launches_us + plain,
-        "predicted_us": launches_us + plain + built,
-        "ring_us": launches_us + plain_ring + ring,
-        "chosen_us": launches_us + plain + chosen,
+        "launches": sum(launched.values()),
+        "branches": dict(launched),
+        "around_us": in_turn - operators_us,
+        "predicted_us": built,
+        "in_turn_us": in_turn,
+        "ring_us": ring,
+        "chosen_us": chosen,
         "floor_us": 1e6 * case.flops / machine.rate(precision),
     }
 
@@ -167,10 +187,18 @@ def count_case(case: Case, device: torch.device, precision: str) -> int:
     return launches.count(fused(problem, precision).call, device)
 
 
-def count_update(case: UpdateCase | Td2UpdateCase, device: torch.device, precision: str) -> int:
-    """Kernels that one update launches."""
+def count_update(case: UpdateCase | Td2UpdateCase, device: torch.device, precision: str) -> dict[str, int]:
+    """Kernels that one update launches in every branch; on a GPU, where they are counted together, in the shares that
+    the interpreter has found."""
     agent, (batch,) = case.agent(device, "fused", precision), case.batches(device, 1)
-    return launches.count(lambda: agent.update(batch), device)
+    if device.type != "cuda":
+        return launches.by_branch(lambda: agent.update(batch))
+    count = launches.count(lambda: agent.update(batch), device)
+    written = json.loads((ROOT / "benchmarks" / "results" / "predictions-h200.json").read_text(encoding="utf-8"))
+    known: dict[str, int] = written["cases"].get(case.name, {}).get("branches", {"": 1})
+    whole = sum(known.values())
+    found = {name: round(count * n / whole) for name, n in known.items() if name}
+    return {"": count - sum(found.values()), **found}
 
 
 def table(machine: Machine, precision: str = "bf16") -> dict[str, Any]:
@@ -263,7 +291,7 @@ def _us(value: float | None) -> str:
 
 
 def compare(
-    report: Mapping[str, Any], machine: Machine, precision: str, device: torch.device | None, counted: dict[str, int]
+    report: Mapping[str, Any], machine: Machine, precision: str, device: torch.device | None, counted: dict[str, Any]
 ) -> dict[str, Any]:
     """Predicted beside measured of every case and update that a run measured, and the relative error of the former.
 

@@ -398,6 +398,21 @@ def built(
     return "ring" if plain and asked and plan.ring(machine.arch, net) else "rows"
 
 
+def fills(net: Network, rows: int, machine: Machine, design: str, members: int = 1) -> bool:
+    """Whether the programs of a walk are so many that others find next to no multiprocessor until it is done.
+
+    Args:
+        net: the network. rows: of all members together. machine: a GPU. design: "rows", "ring" or any other.
+        members: of the ensemble.
+    """
+    if design not in ("rows", "ring"):
+        return False
+    tiles = plan.choose("integrate_fwd", machine.arch, machine.sms, net, rows)
+    ring = plan.ring(machine.arch, net)
+    bm = ring.tiles.rows if design == "ring" and ring else tiles.rows
+    return members * -(-rows // members // bm) >= 0.75 * machine.sms
+
+
 def best_tiles(
     kernel: str,
     net: Network,

@@ -390,12 +390,12 @@ def test_no_profiler_is_not_available(small_run, tmp_path, monkeypatch):
 
 def test_predictions_stand_beside_measurements(report, monkeypatch):
     monkeypatch.setattr(predictions, "count_case", lambda case, device, precision: 5)
-    monkeypatch.setattr(predictions, "count_update", lambda case, device, precision: 100)
+    monkeypatch.setattr(predictions, "count_update", lambda case, device, precision: {"": 60, "actor": 40})
     counted = {"walk-2x2048": 1}
     found = predictions.compare(report, roofline.H200, "bf16", CPU, counted)
     assert set(found) == {*report["cases"], *report["updates"]}
     # Rows and steps do not change how much is launched.
-    assert counted == {"walk-2x2048": 1, "fpo-loss-30720x8": 5, "update-cube-double-depth4": 100}
+    assert counted == {"walk-2x2048": 1, "fpo-loss-30720x8": 5, "update-cube-double-depth4": {"": 60, "actor": 40}}
     assert predictions.compare(report, roofline.H200, "bf16", None, counted) == found
     assert "fpo-loss-30720x8" not in predictions.compare(report, roofline.H200, "bf16", None, {"walk-2x2048": 1})
     walk = found["walk-2x2048"]
@@ -436,7 +436,8 @@ def test_committed_predictions_are_those_of_the_model():
         if name == "k-scaling":
             continue
         of = predictions.of_case if name in CASES else predictions.of_update
-        expected = of(CASES.get(name) or GPU_UPDATES[name], machine, written["precision"], case["launches"])
+        counted = case["launches"] if name in CASES else case["branches"]
+        expected = of(CASES.get(name) or GPU_UPDATES[name], machine, written["precision"], counted)
         again = "make them again: python -m benchmarks.predictions"
         for key in ("predicted_us", "ring_us", "chosen_us", "floor_us"):
             assert case[key] == pytest.approx(expected[key]), again
@@ -496,7 +497,25 @@ def test_few_launches_surround_a_way_back(name, most):
 def test_whole_updates_take_few_launches(name, most):
     pytest.importorskip("triton")
     # Their number does not depend on rows and widths, which take time here.
-    assert 0 < predictions.count_update(GPU_UPDATES[name].shrunk(), CPU, "bf16") <= most
+    case = GPU_UPDATES[name].shrunk()
+    found = predictions.count_update(case, CPU, "bf16")
+    assert 0 < sum(found.values()) <= most
+    # None of them is a trifle, and what is in none is not all.
+    assert set(found) == set(case.parts) and min(found.values()) >= 15
+    agent, (batch,) = case.agent(CPU, "fused", "bf16"), case.batches(CPU, 1)
+    in_turn = launches.count(lambda: agent.update(batch), CPU)
+    # Every branch begins its way back anew.
+    assert in_turn <= sum(found.values()) <= in_turn + 5
+
+
+def test_branches_take_the_longest_of_them():
+    case = GPU_UPDATES["update-cube-double-depth4"]
+    counted = {"": 55, "actor": 65, "bc flow": 21, "distilled critic": 28}
+    row = predictions.of_update(case, roofline.H200, "bf16", counted)
+    assert row["predicted_us"] < 0.75 * row["in_turn_us"] and row["launches"] == 169
+    later = predictions.of_update(case, roofline.H200, "bf16", counted | {"actor": 66})
+    assert later["predicted_us"] == pytest.approx(row["predicted_us"] + 1.3)
+    assert later["in_turn_us"] == pytest.approx(row["in_turn_us"] + 1.3)
 
 
 @pytest.mark.interpreter

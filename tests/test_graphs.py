@@ -478,13 +478,14 @@ def moved(agent, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("backend", "branched"), [("auto", True), ("auto", False), ("reference", True)])
 @every_case
-def test_replays_on_a_gpu_are_plain_updates(case, backend, device):
+def test_replays_on_a_gpu_are_plain_updates(case, backend, branched, device):
     make, batch = CASES[case]
     here = make(backend=backend)
     plain, agent = moved(here, device), moved(here, device)
-    update = GraphedUpdate(agent, {name: x.to(device) for name, x in batch(here, 9).items()})
+    example = {name: x.to(device) for name, x in batch(here, 9).items()}
+    update = GraphedUpdate(agent, example, branched=branched)
     assert agent.step == 0
     for i in range(5):
         given = {name: x.to(device) for name, x in batch(here, i).items()}

@@ -25,6 +25,7 @@ from fastflow import ops
 from fastflow.advantages import gae
 from fastflow.agents.checks import check_config, check_int, check_state, check_tensor, check_widths, ready_moments
 from fastflow.agents.descent import Descent, FlatGradients, GradientStep, set_rate
+from fastflow.branches import branch
 from fastflow.modules import ValueNetwork
 from fastflow.running import RunningStatistics
 from fastflow.surrogate import advantages_for, surrogate
@@ -551,6 +552,7 @@ class OnPolicyAgent(abc.ABC):
             Metrics as 0-d tensors, without gradient.
         """
         config = self.config
+        values = branch("values", self._fit_values, rows)
         actor = self._actor_loss(rows, self._shaped(rows["advantages"], "minibatch"))
         actor_loss = actor.loss
         if actor.entropy is not None:
@@ -559,7 +561,7 @@ class OnPolicyAgent(abc.ABC):
             _backward(actor_loss, self._actor_parameters)
         else:
             actor.gradients.attach()
-        critic_loss, critic_gradients = self._fit_values(rows)
+        critic_loss, critic_gradients = values.join()
         norms = (
             self._clip_gradient(self._actor_parameters, actor.gradients),
             self._clip_gradient(self._critic_parameters, critic_gradients),
