@@ -74,8 +74,8 @@ def network_fwd(
     o_d = tl.arange(0, DP)
     p_pre = pre_ptr + r_p * HP
     p_y = y_ptr + r_y * HP
-    s1 = tl.zeros([BM], tl.float32)
-    s2 = tl.zeros([BM], tl.float32)
+    s1 = no_sums(BN, NET)
+    s2 = s1
     for n in tl.range(0, HP, BN, num_stages=1):
         o_n = n + tl.arange(0, BN)
         b_w = tl.load(w_feat_ptr + (i_e * FP + o_f)[:, None] * HP + o_n[None, :])
@@ -238,8 +238,8 @@ def hidden_fwd(
         tl.debug_barrier()
     o_k = tl.arange(0, KP)
     b_a = tl.load(p_in + o_b[:, None] * KP + o_k[None, :])
-    s1 = tl.zeros([BM], tl.float32)
-    s2 = tl.zeros([BM], tl.float32)
+    s1 = no_sums(BN, NET)
+    s2 = s1
     for n in tl.range(0, HP, BN, num_stages=NET.STAGES):
         o_n = n + tl.arange(0, BN)
         b_w = tl.load(p_w + o_k[:, None] * HP + o_n[None, :])
@@ -263,13 +263,42 @@ def epilogue(b_acc, o_y, p_pre, p_y, p_add, has_add, s1, s2, NET: tl.constexpr, 
     if not FIRST:
         b_acc = activate(b_acc, NET)
     if NET.NORM != "none":
-        s1 += tl.sum(b_acc, 1)
-        s2 += tl.sum(b_acc * b_acc, 1)
+        s1 = add_sums(s1, b_acc)
+        s2 = add_sums(s2, b_acc * b_acc)
     elif ADD > 0:
         b_acc += load_if(p_add + o_y, has_add)
     if not FIRST:
         tl.store(p_y + o_y, cast(b_acc, p_y.dtype.element_ty, NET))
     return s1, s2
+
+
+@triton.jit
+def no_sums(BN: tl.constexpr, NET: tl.constexpr):
+    """Where sums over rows begin: a number per row; or, where registers allow, one per element of a tile, so that its
+    columns are added up once per layer and not once per tile, which takes shuffles and barriers."""
+    BM: tl.constexpr = NET.BM
+    if NET.FOLD and NET.NORM == "after" and NET.ARITH != "exact" and NET.STAGES > 1:
+        return tl.zeros([BM, BN], tl.float32)
+    else:
+        return tl.zeros([BM], tl.float32)
+
+
+@triton.jit
+def add_sums(s, b_x):
+    """Sums over rows with a tile more."""
+    if len(s.shape) == 2:
+        return s + b_x
+    else:
+        return s + tl.sum(b_x, 1)
+
+
+@triton.jit
+def row_sums(s):
+    """[BM] of what `add_sums` has collected."""
+    if len(s.shape) == 2:
+        return tl.sum(s, 1)
+    else:
+        return s
 
 
 @triton.jit
@@ -293,7 +322,7 @@ def finish(
     if NET.NORM == "none":
         r = s1
     else:
-        mu, r = row_scale(s1, s2, H, eps)
+        mu, r = row_scale(row_sums(s1), row_sums(s2), H, eps)
         o_b = tl.arange(0, BM)
         if SAVE:
             tl.store(p_stats + o_b, mu)
@@ -411,7 +440,7 @@ def network_bwd(
     if not FOLD:
         p_h = h_ptr + n_e * MP * OFFL + r_m * HPL
     p_pre = pre_ptr + n_e * R_P * OFFL + r_p * HPL
-    s = tl.zeros([BM], tl.float32)
+    s = no_sums(BNL, NET)
     for n in tl.range(0, HPL, BNL, num_stages=1):
         o_n = n + tl.arange(0, BNL)
         if DP == 1:
@@ -419,7 +448,8 @@ def network_bwd(
         else:
             b_w = tl.load(w_out_ptr + (i_e * HPL + o_n)[None, :] * DP + o_d[:, None])
             b_h = product(cast(b_dout, DTYPE, NET), cast(b_w, DTYPE, NET), NET)
-        s += store_h(b_h, o_b[:, None] * HPL + o_n[None, :], p_h, p_pre, mu, r, NET)
+        s = store_h(s, b_h, o_b[:, None] * HPL + o_n[None, :], p_h, p_pre, mu, NET)
+    s = row_sums(s) * r
     if NET.ROLL:
         ADD: tl.constexpr = RES if RES < L else 0
         for i in tl.range(0, L, num_stages=1):
@@ -685,7 +715,7 @@ def input_bwd(
     o_h = tl.arange(0, HP)
     o_b = tl.arange(0, BM)[:, None]
     b_a = tl.load(p_dpre + o_b * HP + o_h[None, :])
-    s = tl.zeros([BM], tl.float32)
+    s = no_sums(BN, NET)
     for n in tl.range(0, KP, BN, num_stages=NET.STAGES):
         o_n = n + tl.arange(0, BN)
         b_w = tl.load(p_w + o_n[None, :] * HP + o_h[:, None])
@@ -693,8 +723,8 @@ def input_bwd(
         o_y = o_b * KP + o_n[None, :]
         if not NET.FOLD and MORE > 0:
             b_h += load_if(p_h + o_y, has_gradient)
-        s += store_h(b_h, o_y, p_h, p_pre, mu, r, NET)
-    return s
+        s = store_h(s, b_h, o_y, p_h, p_pre, mu, NET)
+    return row_sums(s) * r
 
 
 @triton.jit
@@ -712,14 +742,14 @@ def load_stats(p_stats, l, stride, NET: tl.constexpr):
 
 
 @triton.jit
-def store_h(b_h, o_y, p_h, p_pre, mu, r, NET: tl.constexpr):
-    """Stores a tile of h; returns its share of each row's sum of h o xhat."""
+def store_h(s, b_h, o_y, p_h, p_pre, mu, NET: tl.constexpr):
+    """Stores a tile of h; returns the sums over rows of h o xhat / r with it."""
     if NET.FOLD:
         tl.store(p_h + o_y, cast(b_h, p_h.dtype.element_ty, NET))
     else:
         tl.store(p_h + o_y, b_h)
     if NET.FOLD and NET.NORM == "after":
         b_y = activate(tl.load(p_pre + o_y).to(tl.float32), NET)
-        return tl.sum(b_h * ((b_y - mu[:, None]) * r[:, None]), 1)
+        return add_sums(s, b_h * (b_y - mu[:, None]))
     else:
-        return tl.zeros_like(mu)
+        return s

@@ -81,12 +81,19 @@ def activate(x, NET: tl.constexpr):
     Constants are literals: the interpreter turns a global constexpr times a tensor into something that is neither.
     """
     if NET.ACT == "gelu_tanh":
-        # x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) is the cheap exact form.
-        return x * sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), NET)
+        if NET.ARITH == "fast":
+            h = 0.5 * x
+            return h + h * tanh(x * (0.7978845608028654 + 0.03567740813630012 * x * x), NET)
+        else:
+            return x * gelu_gate(x, NET)
     elif NET.ACT == "gelu":
         return x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
     elif NET.ACT == "silu":
-        return x * sigmoid(x, NET)
+        if NET.ARITH == "fast":
+            h = 0.5 * x
+            return h + h * tanh(h, NET)
+        else:
+            return x * sigmoid(x, NET)
     elif NET.ACT == "elu":
         return tl.where(x > 0.0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
     elif NET.ACT == "mish":
@@ -101,10 +108,19 @@ def activate(x, NET: tl.constexpr):
 
 
 @triton.jit
+def gelu_gate(x, NET: tl.constexpr):
+    """gelu_tanh(x) / x: sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)) is the cheap exact form."""
+    if NET.ARITH == "fast":
+        return 0.5 + 0.5 * tanh(x * (0.7978845608028654 + 0.03567740813630012 * x * x), NET)
+    else:
+        return sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), NET)
+
+
+@triton.jit
 def activate_grad(x, NET: tl.constexpr):
     """The activation and its derivative, float32."""
     if NET.ACT == "gelu_tanh":
-        s = sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x), NET)
+        s = gelu_gate(x, NET)
         return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * x * x)
     elif NET.ACT == "gelu":
         s = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)

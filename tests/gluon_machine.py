@@ -262,9 +262,12 @@ class Machine:
         self.program = (0, 0)
         self.grid = (1, 1)
 
+    def function(self, jitted: Any) -> Callable[..., Any]:
+        """A device function over tensors."""
+        return _Names(self).function(jitted)
+
     def launch(self, kernel: Any, grid: Sequence[int], arguments: dict[str, Any]) -> None:
-        names = _Names(self)
-        run = names.function(kernel)
+        run = self.function(kernel)
         values = {name: Pointer(x.view(-1)) if isinstance(x, Tensor) else x for name, x in arguments.items()}
         self.grid = (grid[0], grid[1])
         for y in range(grid[1]):
