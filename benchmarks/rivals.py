@@ -110,7 +110,7 @@ def ring(problem: Problem, precision: str) -> Variant:
     plain = case.kind == "integrate" and case.method == "euler" and not (case.gradient or case.end_times)
     if not plain or plan.ring(arch, net) is None:
         raise Skipped("not a walk that the ring covers")
-    if plan.groups(arch, sms, net, case.spec.ensemble or 1, case.rows):
+    if plan.groups(arch, sms, net, case.spec.ensemble or 1, case.rows, True):
         raise Skipped("few rows, which go by groups")
 
     def run(**inputs: Tensor) -> Tensor:

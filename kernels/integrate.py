@@ -231,10 +231,10 @@ def integrate(
     y = turns(x_0, e, mp, net) if saved is None or net.fold else saved.out
     arch, sms = target(x_0.device)
     if shared and method == "euler" and step_noise is None and not keep and saved is None:
-        groups = plan.groups(arch, sms, net, e, m)
+        ring = plan.ring(arch, net) if launch.rings() else None
+        groups = plan.groups(arch, sms, net, e, m, ring is not None)
         if groups is not None:
             return integrate_by_groups(x_0, inputs, packed, times, num_steps, groups, net), path, stages
-        ring = plan.ring(arch, net) if launch.rings() else None
         if ring is not None:
             # Gluon is imported where it is used: not every triton has what this asks of it.
             from .ring import integrate_by_ring

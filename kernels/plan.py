@@ -376,11 +376,12 @@ class Groups:
 
 # Tiles of groups, the most rows first.
 GROUP_TILES = (Tiles(32, 64, 8, 1), Tiles(16, 64, 4, 1), Tiles(16, 32, 4, 1))
-# Width up to which: how many rows a group takes at most. Behind that programs that stream all weights should be as
-# fast, by kernels/roofline.py, to which tests hold these numbers.
-GROUP_ROWS = {256: 16, MAX_WIDTH: 128}
+# Arch, then width up to which: how many rows a group takes at most. Behind that programs that stream all weights should
+# be as fast, by kernels/roofline.py, to which tests hold these numbers.
+GROUP_ROWS = {80: {256: 16, MAX_WIDTH: 128}, 90: {256: 16, MAX_WIDTH: 256}, 100: {256: 16, MAX_WIDTH: 256}}
+# The same where kernels/ring.py has what is behind it.
+GROUP_ROWS_BESIDE_RING = 128
 GROUP_WIDTH = 256
-GROUP_ARCHES = (80, 90, 100)
 
 
 def group_bytes(net: Network, tiles: Tiles) -> int:
@@ -393,7 +394,7 @@ def group_bytes(net: Network, tiles: Tiles) -> int:
 
 def group_tiles(arch: int, net: Network) -> tuple[Tiles, ...]:
     """Tiles of groups that fit a network on an arch, the first choice first."""
-    if family(arch) not in GROUP_ARCHES or net.precision != "bf16":
+    if family(arch) not in GROUP_ROWS or net.precision != "bf16":
         return ()
     if not (net.fold and net.roll and net.layers > 1 and net.padded[0] >= GROUP_WIDTH):
         return ()
@@ -401,12 +402,15 @@ def group_tiles(arch: int, net: Network) -> tuple[Tiles, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def groups(arch: int, sms: int, net: Network, members: int, rows: int) -> Groups | None:
-    """The groups that walk `rows` rows of each member, or None where rows alone do better.
+def groups(arch: int, sms: int, net: Network, members: int, rows: int, ringed: bool = False) -> Groups | None:
+    """The groups that walk `rows` rows of each member, or None where another design does better; `ringed`: one of these
+    is `ring`.
 
     Every program has a multiprocessor to itself, and all run at once.
     """
-    most = next((most for width, most in GROUP_ROWS.items() if net.padded[0] <= width), 0)
+    by_width = GROUP_ROWS.get(family(arch), {})
+    most = next((most for width, most in by_width.items() if net.padded[0] <= width), 0)
+    most = min(most, GROUP_ROWS_BESIDE_RING) if ringed else most
     for tiles in group_tiles(arch, net):
         count = sms // (members * (net.padded[0] // tiles.columns))
         each = -(-rows // count) if count else 0
@@ -460,14 +464,14 @@ def spill_bytes(kernel: str, arch: int, net: Network) -> int:
 def choose(kernel: str, arch: int, sms: int, net: Network, rows: int | None) -> Tiles:
     """The tiles for `rows` rows in all on a device of `sms` multiprocessors; None for the same whatever the rows.
 
-    The most rows per program that still busy nearly half of them: every program streams all weights, so a program with
-    twice the rows takes far less than twice the time.
+    The most rows per program that still busy half of them: every program streams all weights, so a program with twice
+    the rows takes far less than twice the time.
     """
     entries = candidates(kernel, arch, net)
     if rows is None:
         return entries[0]
     for tiles in entries:
-        if 2.2 * -(-rows // tiles.rows) >= sms:
+        if 2 * -(-rows // tiles.rows) >= sms:
             return tiles
     return entries[-1]
 
@@ -573,7 +577,7 @@ def describe(arch: int | None) -> str:
     ]
     entries = " ".join("x".join(map(str, astuple(t))) for t in (*NARROW_TILES, NARROW_TILE_FP32))
     lines.append(f"  walk and loss of layers up to {NARROW_WIDTH} wide that fit {NARROW_BYTES:,} bytes: {entries}")
-    if chosen in GROUP_ARCHES:
+    if chosen in GROUP_ROWS:
         entries = " ".join("x".join(map(str, astuple(t))) for t in GROUP_TILES)
         lines.append(f"  walks of few rows by groups of programs, bf16 products, from {GROUP_WIDTH} wide: {entries}")
     if chosen == 90:

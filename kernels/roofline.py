@@ -117,8 +117,8 @@ def machine_of(gpu: str) -> Machine | None:
 # float32 lanes of a multiprocessor.
 LANES = 128
 # Instructions per element of an epilogue, from the assembly: an activation by the hardware's tanh 6, bias, statistics,
-# factor and rounding 14; the derivative is a little more.
-EPILOGUE, EPILOGUE_BACK = 20, 26
+# factor and rounding 11, addresses of weights and of what is stored among them; the derivative is a little more.
+EPILOGUE, EPILOGUE_BACK = 17, 24
 # Per feature of a state embedding: two erfs; with bfloat16 products the density in an interval's middle.
 EMBEDDING, EMBEDDING_SMOOTH = {"hl_gauss": 64}, {"hl_gauss": 16}
 # Registers of a multiprocessor over what a thread may take.
@@ -178,6 +178,12 @@ class Cost:
 def _phase(tensor: float, l2: float, epilogue: float, wait: float) -> Cost:
     busy = max(tensor, l2)
     return Cost(tensor, l2, epilogue, wait, busy + epilogue + wait, max(busy, epilogue) + wait)
+
+
+def _late(tensor: float, l2: float, epilogue: float, wait: float) -> Cost:
+    """The same where loads begin behind the product, beside its epilogue."""
+    seconds = tensor + max(l2, epilogue) + wait
+    return Cost(tensor, l2, epilogue, wait, seconds, max(tensor, l2, epilogue) + wait)
 
 
 @dataclass(frozen=True)
@@ -392,10 +398,10 @@ def built(
     if kernel != "backward" and plan.narrow(net):
         return "narrow"
     plain = kernel == "integrate_fwd" and not (save or own_times)
-    if plain and plan.groups(machine.arch, machine.sms, net, members, -(-rows // members)):
+    ringed = (launch.RING if ring is None else ring) and plan.ring(machine.arch, net) is not None
+    if plain and plan.groups(machine.arch, machine.sms, net, members, -(-rows // members), ringed):
         return "group"
-    asked = launch.RING if ring is None else ring
-    return "ring" if plain and asked and plan.ring(machine.arch, net) else "rows"
+    return "ring" if plain and ringed else "rows"
 
 
 def fills(net: Network, rows: int, machine: Machine, design: str, members: int = 1) -> bool:
@@ -469,7 +475,10 @@ def _rows(
         l2 = max(l2, _memory(layer.kept, members * m, machine, through_memory))
         tensor = turns * 2 * bm * layer.inputs * layer.outputs / (rate * efficiency)
         epilogue = turns * bm * layer.outputs * layer.instructions / (LANES * machine.clock)
-        total += _phase(tensor, l2, epilogue, machine.start * -(-turns // together))
+        wait = machine.start * -(-turns // together)
+        # With two stages the next tile of weights is asked for when the product is done.
+        waits = tiles.num_stages < 3 and together < 2 and layer.outputs > tiles.columns
+        total += _late(tensor, l2, epilogue, wait) if waits else _phase(tensor, l2, epilogue, wait)
     total += _phase(0.0, 0.0, turns * _embedding(net, bm, machine), 0.0)
     return total.times(evaluations) + _phase(0.0, 0.0, 0.0, machine.node)
 

@@ -155,7 +155,7 @@ def test_groups_fit_the_multiprocessors_and_their_memory():
                 programs = members * groups.count * (net.padded[0] // groups.tiles.columns)
                 assert programs <= sms, (name, arch, rows)
                 assert plan.group_bytes(net, groups.tiles) <= plan.SHARED_MEMORY[arch]
-                assert groups.count * max(plan.GROUP_ROWS.values()) >= rows
+                assert groups.count * max(plan.GROUP_ROWS[arch].values()) >= rows
     assert found > 30
 
 

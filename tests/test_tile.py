@@ -14,11 +14,12 @@ from conftest import HAS_GPU
 import fastflow as ff
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(HAS_GPU, reason="the kernels themselves run")
 
 from gluon_machine import Machine
 
 from fastflow.kernels import tile
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="the kernels themselves run")
 
 X = torch.cat((torch.linspace(-12, 12, 2001), torch.tensor([0.0, -80.0, 80.0])))
 
