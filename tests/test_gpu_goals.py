@@ -403,7 +403,7 @@ def test_predictions_stand_beside_measurements(report, monkeypatch):
     alone = (
         1e6
         * roofline.predict(
-            "rows",
+            "group",
             "integrate_fwd",
             predictions.network(CASES["walk-2x2048"].spec, "bf16"),
             4096,
