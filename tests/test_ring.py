@@ -252,3 +252,29 @@ def test_epilogues_take_few_instructions(triton, plain_environment):
     middle = found[len(found) // 2]
     assert 0.8 * model <= middle <= 1.1 * model, found
     assert found[-3] <= 16, found
+
+
+CORNERS = """
+import dataclasses, json
+from fastflow.kernels import aot, plan
+vector = aot._chain(aot.ACTOR, 512, 512, 512, state_dim=17, state_features=17, norm="after")
+scalar = aot._chain(aot.FLOQ, 512, 512, 512, activation="mish", norm="none")
+found = []
+for net in (vector, scalar):
+    ring = plan.ring(90, net)
+    taken = aot.resources(aot.lower("walk_ring", net, 90, ring.tiles), 90)
+    found.append((ring.places, taken.shared, taken.stack))
+print(json.dumps(found))
+"""
+
+
+@ahead_of_time
+@pytest.mark.parametrize("triton", TRITONS, ids=IDS)
+def test_what_fills_memory_and_registers_most_fits(triton, plain_environment):
+    environment = plain_environment | ({"PYTHONPATH": triton} if triton else {})
+    run = subprocess.run(
+        [sys.executable, "-c", CORNERS], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    for (places, shared, stack), least in zip(json.loads(run.stdout), (4, 6), strict=True):
+        assert places == least and shared <= plan.SHARED_MEMORY[90] and stack <= 64
