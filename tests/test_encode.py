@@ -29,7 +29,7 @@ EMBEDDINGS = [
     ("trunk", "time_embedding", "cond_dim", "ensemble", "precision"),
     [
         ("unet", ff.Sinusoidal(8, (12, 10)), 5, 2, "fp32"),
-        ("unet", ff.Sinusoidal(8, (12, 10)), 70, 2, "fp32"),
+        ("unet", ff.Sinusoidal(8, (12, 10)), 70, None, "fp32"),
         ("unet", ff.Sinusoidal(8, (12, 10)), 70, None, "bf16"),
         ("unet-of-two", ff.Sinusoidal(6, (24,)), 0, 2, "bf16"),
         ("unet", ff.PowerFourier(6), 5, 2, "fp32"),

@@ -82,7 +82,7 @@ def test_any_number_of_rows_and_steps(batch, samples, options, device, ringed):
 
 def walk(name, num_steps=2):
     torch.manual_seed(0)
-    field, inputs = random_field(SPECS[name], "cpu"), random_inputs(SPECS[name], 20, 4, "cpu")
+    field, inputs = random_field(SPECS[name], "cpu"), random_inputs(SPECS[name], 16, 4, "cpu")
     with torch.no_grad():
         return ff.integrate(
             field, inputs["x_0"], inputs["cond"], num_steps=num_steps, backend="fused", precision="bf16"

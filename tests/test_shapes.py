@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-@settings(max_examples=25)
+@settings(max_examples=16)
 @given(
     batch=st.integers(1, 70),
     samples=st.one_of(st.none(), st.integers(1, 5)),
