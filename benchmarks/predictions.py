@@ -21,7 +21,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Before anything imports triton: launches are counted in its interpreter.
 if __name__ == "__main__":
@@ -44,11 +44,19 @@ FORMAT = 1
 HEAD = "PREDICTIONS, NOT MEASUREMENTS: a model of the machine, nothing has run"
 
 
-def kernels_us(
+class Predicted(NamedTuple):
+    """Microseconds of some launches: all of them, those that leave no multiprocessor to others, and by which design."""
+
+    us: float
+    filling_us: float
+    chosen: dict[str, str]
+
+
+def predict(
     case: Case, machine: Machine, precision: str, designs: Sequence[str] | None = None, ring: bool = False
-) -> tuple[float, dict[str, str]]:
-    """(microseconds of a case's launches and weight gradients, each by the cheapest of some designs, or without any by
-    the one that runs, `ring` with FASTFLOW_RING=1; which).
+) -> Predicted:
+    """A case's launches and weight gradients, each by the cheapest of some designs, or without any by the one that
+    runs, `ring` with FASTFLOW_RING=1.
 
     Raises:
         ValueError: none of the designs covers the case.
@@ -67,33 +75,54 @@ def kernels_us(
     else:
         names = {"designs": designs, "save": save, **options}
         chosen = {forward: roofline.best(net, rows, evaluations, machine, forward, **names)}
-    cost = roofline.predict(chosen[forward], forward, net, rows, evaluations, machine, save=save, **options)
+    there = roofline.predict(chosen[forward], forward, net, rows, evaluations, machine, save=save, **options).seconds
+    seconds = {forward: there}
     if case.gradient:
         # What only covers the way there goes back by what exists.
         covering = [d for d in designs or () if roofline.why_not(d, "backward", net, machine) is None] or ["rows"]
         back = roofline.best(net, rows, evaluations, machine, "backward", designs=covering, **options)
         chosen["backward"] = back
-        cost += roofline.predict(back, "backward", net, rows, evaluations, machine, **options)
+        seconds["backward"] = roofline.predict(back, "backward", net, rows, evaluations, machine, **options).seconds
         if not stored:
-            cost += roofline.predict(chosen[forward], forward, net, rows, evaluations, machine, **options)
-    seconds = cost.seconds + (1 + bool(case.gradient)) * roofline.prepared(net, rows, evaluations, machine)
+            again = roofline.predict(chosen[forward], forward, net, rows, evaluations, machine, **options)
+            seconds["backward"] += again.seconds
+    around = (1 + bool(case.gradient)) * roofline.prepared(net, rows, evaluations, machine)
     if "parameters" in case.gradient:
-        seconds += roofline.weight_gradients(net, rows, evaluations, machine)
-    return 1e6 * seconds, chosen
+        around += roofline.weight_gradients(net, rows, evaluations, machine)
+    return _predicted(seconds, around, chosen, net, rows, machine, members)
 
 
-def plain_us(case: PlainPass, machine: Machine, precision: str, ring: bool = False) -> float:
-    """Microseconds of a plain network's kernels and weight gradients, by the design that runs."""
+def predict_plain(case: PlainPass, machine: Machine, precision: str, ring: bool = False) -> Predicted:
+    """A plain network's kernels and weight gradients, by the design that runs."""
     net = fused_dense.network(Kind(case.widths, True, "gelu_tanh", case.norm, 1e-6, precision))
     rows, save = case.members * case.rows, bool(case.gradient)
     options: dict[str, Any] = {"members": case.members, "save": save}
-    design = roofline.built(net, rows, machine, ring=ring, **options)
-    seconds = roofline.predict(design, "integrate_fwd", net, rows, 1, machine, **options).seconds
+    chosen = {"integrate_fwd": roofline.built(net, rows, machine, ring=ring, **options)}
+    there = roofline.predict(chosen["integrate_fwd"], "integrate_fwd", net, rows, 1, machine, **options)
+    seconds = {"integrate_fwd": there.seconds}
     if case.gradient:
-        seconds += roofline.predict("rows", "backward", net, rows, 1, machine, members=case.members).seconds
-    if "parameters" in case.gradient:
-        seconds += roofline.weight_gradients(net, rows, 1, machine)
-    return 1e6 * seconds
+        chosen["backward"] = "rows"
+        back = roofline.predict("rows", "backward", net, rows, 1, machine, members=case.members)
+        seconds["backward"] = back.seconds
+    around = roofline.weight_gradients(net, rows, 1, machine) if "parameters" in case.gradient else 0.0
+    return _predicted(seconds, around, chosen, net, rows, machine, case.members)
+
+
+def _predicted(
+    seconds: Mapping[str, float],
+    around: float,
+    chosen: dict[str, str],
+    net: plan.Network,
+    rows: int,
+    machine: Machine,
+    members: int,
+) -> Predicted:
+    filling = (
+        taken
+        for kernel, taken in seconds.items()
+        if roofline.fills(chosen[kernel], kernel, net, rows, machine, members)
+    )
+    return Predicted(1e6 * (sum(seconds.values()) + around), 1e6 * sum(filling), chosen)
 
 
 def floor_us(flops: int, moved: int, machine: Machine, precision: str) -> float:
@@ -110,14 +139,14 @@ def of_case(case: Case, machine: Machine, precision: str, launched: int) -> dict
     by_design = {}
     for design in roofline.DESIGNS:
         try:
-            by_design[design] = kernels_us(case, machine, precision, [design])[0]
+            by_design[design] = predict(case, machine, precision, [design]).us
         except ValueError:
             continue
     own = 1 + bool(case.gradient)
     around = 1e6 * roofline.around(max(launched - own, 0), machine)
-    built, built_by = kernels_us(case, machine, precision)
-    ring, _ = kernels_us(case, machine, precision, ring=True)
-    chosen, chosen_by = kernels_us(case, machine, precision, roofline.DESIGNS)
+    built, _, built_by = predict(case, machine, precision)
+    ring = predict(case, machine, precision, ring=True).us
+    chosen, _, chosen_by = predict(case, machine, precision, roofline.DESIGNS)
     return {
         "title": case.title,
         "launches": launched,
@@ -136,7 +165,7 @@ def of_update(
     case: UpdateCase | Td2UpdateCase, machine: Machine, precision: str, launched: Mapping[str, int]
 ) -> dict[str, Any]:
     """What a whole update should take in a CUDA graph: its walks, losses and plain networks, and everything else as
-    launches; branches side by side, but for walks that leave no multiprocessor to others.
+    launches; branches side by side, but for kernels that leave no multiprocessor to others.
 
     Args:
         launched: kernels of every branch, as `launches.by_branch` counts them.
@@ -144,24 +173,19 @@ def of_update(
 
     def total(designs: Sequence[str] | None, ring: bool) -> tuple[float, float]:
         """Microseconds with branches, and one behind the other."""
-        alone, by_branch = 0.0, {}
+        filling, by_branch = 0.0, []
         for name, (operators, passes) in case.parts.items():
-            us = 1e6 * roofline.around(launched.get(name, 0), machine)
-            us += sum(plain_us(each, machine, precision, ring) for each in passes)
-            for operator in operators:
-                own, chosen = kernels_us(operator, machine, precision, designs, ring)
-                us += own
-                members = operator.spec.ensemble or 1
-                sizes = (network(operator.spec, precision), members * operator.rows, machine)
-                if not operator.gradient and roofline.fills(*sizes, chosen.get("integrate_fwd", ""), members):
-                    alone, us = alone + own, us - own
-            by_branch[name] = us
-        return alone + max(by_branch.values()), alone + sum(by_branch.values())
+            found = [predict(operator, machine, precision, designs, ring) for operator in operators]
+            found += [predict_plain(each, machine, precision, ring) for each in passes]
+            filling += sum(each.filling_us for each in found)
+            beside = sum(each.us - each.filling_us for each in found)
+            by_branch.append(beside + 1e6 * roofline.around(launched.get(name, 0), machine))
+        return filling + max(by_branch), filling + sum(by_branch)
 
     (built, in_turn), (ring, _), (chosen, _) = (
         total(designs, ring) for designs, ring in ((None, False), (None, True), (roofline.DESIGNS, False))
     )
-    operators_us = sum(kernels_us(operator, machine, precision)[0] for operator in case.launched)
+    operators_us = sum(predict(operator, machine, precision).us for operator in case.launched)
     return {
         "title": case.title,
         "update": True,
@@ -260,7 +284,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "many times the floor, which is FLOPs and bytes at the machine's assumed rates. Around: what surrounds the",
         "kernels, with the number of launches, counted without running them. By a design: its kernels alone, gradients",
         "of weights included. Over K: a step, and what is fixed. Whole updates: captured, branches side by side but",
-        "for walks that fill the GPU; the JSON has what they take in turn. The goals are those that name no rival.",
+        "for kernels that fill the GPU; the JSON has what they take in turn. The goals are those that name no rival.",
         "",
         "| assumed of the machine | |",
         "|---|---|",

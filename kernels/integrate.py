@@ -228,7 +228,6 @@ def integrate(
     path = x_0.new_empty((num_steps, e, b, s, d) if keep else (0,), dtype=torch.float32)
     stages = x_0.new_empty((num_steps, e, b, s, d) if keep and two else (0,), dtype=torch.float32)
     shared = not isinstance(times[0], Tensor)
-    y = turns(x_0, e, mp, net) if saved is None or net.fold else saved.out
     arch, sms = target(x_0.device)
     if shared and method == "euler" and step_noise is None and not keep and saved is None:
         ring = plan.ring(arch, net) if launch.rings() else None
@@ -240,6 +239,7 @@ def integrate(
             from .ring import integrate_by_ring
 
             return integrate_by_ring(x_0, inputs, packed, times, num_steps, ring, net), path, stages
+    y = turns(x_0, e, mp, net) if saved is None or net.fold else saved.out
     tiles = plan.choose("integrate_fwd", arch, sms, net, e * m)
     # The backward pass reads the padding too.
     integrate_fwd_kernel[(triton.cdiv(m if saved is None else mp, tiles.rows), e)](

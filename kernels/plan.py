@@ -425,11 +425,11 @@ def groups(arch: int, sms: int, net: Network, members: int, rows: int, ringed: b
 class Ring:
     """How programs keep their rows' activations in shared memory while weights pass by (kernels/ring.py)."""
 
-    tiles: Tiles
+    tiles: Tiles  # RING_ROWS rows by BN columns
     places: int  # tiles of weights, RING_TILE rows by BN columns, that are there or on their way
 
 
-RING_TILE = 64
+RING_ROWS = RING_TILE = 64
 RING_WIDTHS = (128, 512)
 RING_PLACES = (4, 16)
 
@@ -437,7 +437,7 @@ RING_PLACES = (4, 16)
 @functools.lru_cache(maxsize=1024)
 def ring(arch: int, net: Network) -> Ring | None:
     """The ring for a walk on an arch; None where the design does not cover a network."""
-    width, rows, dp = net.padded[0], 64, net.state_padded
+    width, rows, dp = net.padded[0], RING_ROWS, net.state_padded
     if family(arch) != 90 or net.precision != "bf16" or not (net.fold and net.roll):
         return None
     if net.features_padded > RING_TILE or dp > RING_TILE or not RING_WIDTHS[0] <= width <= RING_WIDTHS[1]:

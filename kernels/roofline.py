@@ -404,19 +404,20 @@ def built(
     return "ring" if plain and ringed else "rows"
 
 
-def fills(net: Network, rows: int, machine: Machine, design: str, members: int = 1) -> bool:
-    """Whether the programs of a walk are so many that others find next to no multiprocessor until it is done.
-
-    Args:
-        net: the network. rows: of all members together. machine: a GPU. design: "rows", "ring" or any other.
-        members: of the ensemble.
-    """
-    if design not in ("rows", "ring"):
+def fills(design: str, kernel: str, net: Network, rows: int, machine: Machine, members: int = 1) -> bool:
+    """Whether a launch has so many programs that those of others find next to no multiprocessor until it is done.
+    Arguments as of `predict`."""
+    m = -(-rows // members)
+    if design in ("narrow", "layers"):
+        # Small programs, of which several fit a multiprocessor; or many short launches.
         return False
-    tiles = plan.choose("integrate_fwd", machine.arch, machine.sms, net, rows)
-    ring = plan.ring(machine.arch, net)
-    bm = ring.tiles.rows if design == "ring" and ring else tiles.rows
-    return members * -(-rows // members // bm) >= 0.75 * machine.sms
+    if design == "group":
+        groups = plan.groups(machine.arch, machine.sms, net, members, m)
+        each = groups.count * (net.padded[0] // groups.tiles.columns) if groups else machine.sms
+    else:
+        tiles = plan.choose(kernel, machine.arch, machine.sms, net, rows)
+        each = -(-m // (plan.RING_ROWS if design == "ring" else tiles.rows))
+    return members * each >= 0.75 * machine.sms
 
 
 def best_tiles(

@@ -448,13 +448,13 @@ def test_committed_predictions_are_those_of_the_model():
 def test_predictions_count_the_way_back():
     walk, back = CASES["walk-2x2048"], CASES["walk-to-actions-2x2048"]
     both = CASES["walk-backward-2x2048"]
-    times = [predictions.kernels_us(case, roofline.H200, "bf16")[0] for case in (walk, back, both)]
+    times = [predictions.predict(case, roofline.H200, "bf16").us for case in (walk, back, both)]
     assert times[0] < times[1] < times[2]
-    us, chosen = predictions.kernels_us(back, roofline.H200, "bf16", ("group",))
+    us, _, chosen = predictions.predict(back, roofline.H200, "bf16", ("group",))
     # What only covers the way there goes back by what there is.
     assert chosen == {"integrate_fwd": "group", "backward": "rows"} and us > 0
     with pytest.raises(ValueError, match="none of narrow covers"):
-        predictions.kernels_us(walk, roofline.H200, "bf16", ("narrow",))
+        predictions.predict(walk, roofline.H200, "bf16", ("narrow",))
 
 
 @pytest.mark.interpreter
@@ -512,7 +512,7 @@ def test_branches_take_the_longest_of_them():
     case = GPU_UPDATES["update-cube-double-depth4"]
     counted = {"": 55, "actor": 65, "bc flow": 21, "distilled critic": 28}
     row = predictions.of_update(case, roofline.H200, "bf16", counted)
-    assert row["predicted_us"] < 0.75 * row["in_turn_us"] and row["launches"] == 169
+    assert row["predicted_us"] < 0.85 * row["in_turn_us"] and row["launches"] == 169
     later = predictions.of_update(case, roofline.H200, "bf16", counted | {"actor": 66})
     assert later["predicted_us"] == pytest.approx(row["predicted_us"] + 1.3)
     assert later["in_turn_us"] == pytest.approx(row["in_turn_us"] + 1.3)
