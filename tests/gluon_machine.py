@@ -354,8 +354,8 @@ class _Names:
         self.modules: dict[int, dict[str, Any]] = {}
         gl = types.SimpleNamespace(
             **{name: getattr(torch, name) for name in ("float32", "bfloat16", "int32", "int64")},
-            program_id=lambda axis: machine.program[axis],
-            num_programs=lambda axis: machine.grid[axis],
+            program_id=lambda axis: Scalar(machine.program[axis]),
+            num_programs=lambda axis: Scalar(machine.grid[axis]),
             static_range=range,
             range=lambda *args, **_: range(*args),
             arange=lambda low, high, layout=None: torch.arange(low, high),
@@ -488,6 +488,13 @@ class _Names:
             products.pop(0).finish()
         found = tuple(x.value if isinstance(x, Accumulator) and x.value is not None else x for x in deps)
         return found[0] if len(found) == 1 else found
+
+
+class Scalar(int):
+    """An integer that may be asked for as another type."""
+
+    def to(self, dtype: torch.dtype) -> Scalar:
+        return self
 
 
 class _Values(ast.NodeTransformer):

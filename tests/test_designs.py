@@ -6,6 +6,7 @@ The interpreter runs one program after the other, so groups that meet behind eac
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import fastflow as ff
 
 pytest.importorskip("triton")
 
-from fastflow.kernels import aot, integrate, plan
+from fastflow.kernels import aot, group, integrate, plan
 
 pytestmark = pytest.mark.poison
 
@@ -79,6 +80,78 @@ def test_groups_of_any_number_of_rows(batch, count, device, grouped):
     walks = grouped(plan.Groups(TILES, count))
     compare(GROUPED["endpoint"], batch, None, "fp32", device, num_steps=2, t_1=0.7)
     assert len(walks) == 1
+
+
+# Programs that meet ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def meeting(monkeypatch, grouped):
+    """Has groups of two meet within one launch, without a GPU: all programs on one machine with these options."""
+    from meeting_machine import Meeting
+
+    kernel, made = group.walk_group_kernel, []
+
+    def force(**options):
+        grouped(plan.Groups(TILES, 2))
+        monkeypatch.setattr(group, "launch", types.SimpleNamespace(interpreted=lambda: False))
+        made.append(Meeting(kernel, **options))
+        monkeypatch.setattr(group, "walk_group_kernel", made[-1])
+        return made[-1]
+
+    return force
+
+
+def walk(name):
+    torch.manual_seed(0)
+    field, inputs = random_field(GROUPED[name], "cpu"), random_inputs(GROUPED[name], 19, 3, "cpu")
+    with torch.no_grad():
+        return ff.integrate(field, inputs["x_0"], inputs["cond"], num_steps=2, backend="fused", precision="bf16")
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the kernel itself meets")
+@pytest.mark.parametrize("name", ["floq", "endpoint"])
+def test_programs_that_meet_come_to_the_same_end_in_any_order(name, meeting, device):
+    compare(GROUPED[name], 19, 3, "bf16", device, num_steps=2)
+    found = []
+    for seed in range(2):
+        machine = meeting(seed=seed)
+        found.append(walk(name))
+        assert machine.launches == 1
+    assert torch.equal(*found)
+
+
+MISTAKES = {
+    "no meeting": ("                    meet(p_count, met)\n", ""),
+    "too few arrivals": ("                    met += G\n", "                    met += G - 1\n"),
+    "one buffer": ("p_in = y_ptr + ((1 - turn)", "p_in = y_ptr + (turn"),
+    "the last layer's buffer": ("turn_out = (num_steps * L) % 2", "turn_out = 1"),
+    "nothing released": ('sem="release"', 'sem="relaxed"'),
+    "nothing acquired": ('sem="acquire"', 'sem="relaxed"'),
+    "one multiprocessor's cache": ('return tl.load(p, cache_modifier=".cg")', "return tl.load(p)"),
+}
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the kernel itself meets")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_of_programs_that_meet_are_found(mistake, meeting):
+    from gluon_machine import MachineError
+
+    before, after = MISTAKES[mistake]
+    edited = []
+
+    def edit(source):
+        edited.append(before in source)
+        return source.replace(before, after)
+
+    meeting()
+    expected = walk("endpoint")
+    meeting(edit=edit)
+    try:
+        found = not torch.equal(walk("endpoint"), expected)
+    except MachineError:
+        found = True
+    assert any(edited) and found
 
 
 @pytest.mark.parametrize(
