@@ -212,6 +212,8 @@ def backward_kernel(
             tl.store(dv_ptr + r_d * DP + o_r * DP + o_d[None, :], b_dout)
             tl.store(state_ptr + r_d * NET.FP + o_r * NET.FP + o_f[None, :], b_f)
             if not NET.TABLE:
+                if NET.TIME == "rows":
+                    b_tf = tl.load(p_t + o_s[:, None] * NET.TP + o_t[None, :])
                 tl.store(dtime_ptr + r_d * NET.TP + o_r * NET.TP + o_t[None, :], b_tf)
         b_df = network_bwd(
             b_dout, inputs, weights, pre_ptr, stats_ptr, h_ptr, dpre_ptr, results, i_b, i_e, n_b, n_e, MP, R_P, R_D,

@@ -29,7 +29,7 @@ def integrate_fwd_kernel(
     t_1_ptr,
     c_ptr,  # [E, B, HP[0]] cond's share of the first layer
     time_ptr,  # [E, V K, HP[0]] time's share of it plus bias, or [E, 1, HP[0]] the bias alone
-    feat_ptr,  # [V K, E, M, TP] time features where TIME is "given" or "rows"
+    feat_ptr,  # [V K, E, M, TP] time features where TIME is "given"
     film_ptr,  # [E, B, 2 sum HP] cond's share of FiLM
     film_time_ptr,  # [E, V K, 2 sum HP] time's share of FiLM; [E, V K, M, 2 sum HP] all of it where TIME is "rows"
     w_feat_ptr,  # see network_fwd
@@ -191,12 +191,12 @@ def stage_time(i, V: tl.constexpr, METHOD: tl.constexpr):
 
 @triton.jit
 def time_features(b_t, p_t, o_s, o_t, DTYPE: tl.constexpr, NET: tl.constexpr):
-    """Each row's time features [BM, TP]; zeros that nobody reads with TABLE."""
+    """Each row's time features [BM, TP]; zeros that nobody reads with TABLE, or where FiLM has had them already."""
     BM: tl.constexpr = NET.BM
     TP: tl.constexpr = NET.TP
-    if NET.TABLE:
+    if NET.TABLE or NET.TIME == "rows":
         return tl.zeros([BM, TP], DTYPE)
-    elif NET.TIME == "given" or NET.TIME == "rows":
+    elif NET.TIME == "given":
         return tl.load(p_t + o_s[:, None] * TP + o_t[None, :])
     else:
         return cast(embed_time(b_t, o_t, NET), DTYPE, NET)

@@ -18,7 +18,7 @@ parity tells phases apart:
 A scalar state's head is part of the last layer's epilogue, and each consumer has half of the rows' states. A state of
 several dimensions has a product of its own as its head, and the first consumer has all of it.
 
-Written in Gluon, where places, copies and barriers are explicit. `tests/gluon_machine.py` runs it without a GPU.
+Written in Gluon, where places, copies and barriers are explicit. `tests/kernel_machine.py` runs it without a GPU.
 """
 
 from __future__ import annotations

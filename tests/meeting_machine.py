@@ -1,7 +1,7 @@
 """Runs all programs of a Triton kernel at the same time, without a GPU: for programs that wait for each other.
 
 Triton's interpreter runs one program after the other, so a kernel whose programs meet would wait for ever. Here every
-program is a thread of `gluon_machine`, of which one goes on at a time, and a seeded choice says which at every load,
+program is a thread of `kernel_machine`, of which one goes on at a time, and a seeded choice says which at every load,
 store and atomic operation. Memory is looked at element by element:
 
 - What a program loads of another's stores must have been released by that one and acquired by this one since, through
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from gluon_machine import Machine, MachineError, Pointer, Scalar, _Names
+from kernel_machine import Machine, MachineError, Pointer, Scalar, _Names, pointed
 from torch import Tensor
 
 
@@ -35,7 +35,7 @@ class Together(Machine):
 
     def launch(self, kernel: Any, grid: Sequence[int], arguments: dict[str, Any]) -> None:
         run = self.function(kernel)
-        values = {name: Pointer(x.view(-1)) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        values = {name: pointed(x) for name, x in arguments.items()}
         self.grid = (grid[0], grid[1])
         self.places = [(x, y) for y, x in itertools.product(range(grid[1]), range(grid[0]))]
         count = len(self.places)
@@ -51,8 +51,6 @@ class Together(Machine):
         language = names.replaced["tl"]
         language.program_id = lambda axis: Scalar(self.places[self.me.number][axis])
         language.load, language.store, language.atomic_add = self._load, self._store, self._atomic_add
-        language.debug_barrier = lambda: None
-        language.dot = lambda x, y, input_precision=None: x.float() @ y.float()
         # Names that the kernels here define themselves.
         del names.replaced["meet"]
         return names.function(jitted)
@@ -103,23 +101,3 @@ class Together(Machine):
         before = int(p.base[where[1]])
         p.base[where[1]] += value
         return before
-
-
-class Meeting:
-    """In a kernel's place: launches run on a machine of their own, `Together(**options)`."""
-
-    def __init__(self, kernel: Any, **options: Any) -> None:
-        self.kernel, self.options, self.launches = kernel, options, 0
-
-    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
-        def launch(*args: Any, launch_cooperative_grid: bool, **constants: Any) -> None:
-            if not launch_cooperative_grid:
-                raise MachineError("programs that meet without a cooperative launch")
-            self.launches += 1
-            given = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
-            given = {name: value for name, value in given.items() if name in self.kernel.arg_names}
-            # As on a GPU, where products take bfloat16 as it is.
-            given["NET"] = given["NET"]._replace(ARITH="fast")
-            Together(**self.options).launch(self.kernel, grid, given)
-
-        return launch

@@ -3,10 +3,12 @@ code's tests compare with the reference."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from conftest import assert_pass_as_accurate, products
+from conftest import HAS_GPU, assert_pass_as_accurate, products
 from networks import in_float64, random_field, random_inputs, to_float64
 
 import fastflow as ff
@@ -26,6 +28,17 @@ def walk_and_gradients(field, inputs, **options) -> dict[str, torch.Tensor]:
     weights = torch.linspace(-1, 2, x.numel(), dtype=torch.float64).to(x).view_as(x)
     grads = torch.autograd.grad((x * weights).sum(), list(leaves.values()), materialize_grads=True)
     return found | dict(zip(leaves, grads, strict=True))
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(precision: str) -> Iterator[None]:
+    """Without a GPU bfloat16 products as one computes them, by `kernel_machine`; else what runs without it."""
+    with contextlib.ExitStack() as entered:
+        if precision == "bf16" and not HAS_GPU:
+            from kernel_machine import kernels_as_python
+
+            entered.enter_context(kernels_as_python())
+        yield
 
 
 def compare_walk(field, inputs, precision, backend="fused", draws=1, **options) -> None:

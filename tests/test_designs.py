@@ -88,14 +88,15 @@ def test_groups_of_any_number_of_rows(batch, count, device, grouped):
 @pytest.fixture
 def meeting(monkeypatch, grouped):
     """Has groups of two meet within one launch, without a GPU: all programs on one machine with these options."""
-    from meeting_machine import Meeting
+    from kernel_machine import AsPython
+    from meeting_machine import Together
 
     kernel, made = group.walk_group_kernel, []
 
     def force(**options):
         grouped(plan.Groups(TILES, 2))
         monkeypatch.setattr(group, "launch", types.SimpleNamespace(interpreted=lambda: False))
-        made.append(Meeting(kernel, **options))
+        made.append(AsPython(kernel, Together, **options))
         monkeypatch.setattr(group, "walk_group_kernel", made[-1])
         return made[-1]
 
@@ -135,7 +136,7 @@ MISTAKES = {
 @pytest.mark.skipif(HAS_GPU, reason="the kernel itself meets")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_of_programs_that_meet_are_found(mistake, meeting):
-    from gluon_machine import MachineError
+    from kernel_machine import MachineError
 
     before, after = MISTAKES[mistake]
     edited = []

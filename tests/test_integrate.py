@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import HAS_GPU, assert_close_rms, rms
 from networks import SPECS, WALK_FACTORS, in_float64, laid_out, name_of, pairwise, random_field, random_inputs, spec_of
-from passes import compare_walk, walk_and_gradients, walk_options
+from passes import as_on_a_gpu, compare_walk, walk_and_gradients, walk_options
 
 import fastflow as ff
 
@@ -33,7 +33,9 @@ def test_every_field_and_walk(combination, device, lay_out):
     inputs = random_inputs(spec, 10 if combination["samples"] else 30, combination["samples"], device)
     # Divided by t, one draw's errors are mostly chance.
     draws = 2 if combination["prediction"] == "noise" else 1
-    compare_walk(field, inputs, combination["precision"], draws=draws, **walk_options(combination, inputs, 2))
+    precision = combination["precision"]
+    with as_on_a_gpu(precision):
+        compare_walk(field, inputs, precision, draws=draws, **walk_options(combination, inputs, 2))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -1,7 +1,7 @@
 """Walks whose activations stay in shared memory while weights pass by: as right as every other design, whoever goes
 first, and cheap behind its products.
 
-Without a GPU the kernel runs on `gluon_machine`, which finds what a GPU would not forgive; mistakes made on purpose
+Without a GPU the kernel runs on `kernel_machine`, which finds what a GPU would not forgive; mistakes made on purpose
 show that it does.
 """
 
@@ -29,7 +29,7 @@ if HAS_GPU:
     if launch.target(0)[0] // 10 != 9:
         pytest.skip("a kernel for Hopper", allow_module_level=True)
 else:
-    from gluon_machine import Emulated, MachineError
+    from kernel_machine import AsPython, MachineError
 
 pytestmark = pytest.mark.poison
 
@@ -57,7 +57,7 @@ def ringed(monkeypatch):
 
     def force(**options):
         if not HAS_GPU:
-            monkeypatch.setattr(ring, "walk_ring_kernel", Emulated(kernel, **options))
+            monkeypatch.setattr(ring, "walk_ring_kernel", AsPython(kernel, **options))
         return launches
 
     original = ring.integrate_by_ring

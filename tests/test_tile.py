@@ -15,7 +15,7 @@ import fastflow as ff
 
 pytest.importorskip("triton")
 
-from gluon_machine import Machine
+from kernel_machine import Machine
 
 from fastflow.kernels import tile
 

@@ -1,10 +1,13 @@
-"""Runs kernels written in Gluon without a GPU: their source as Python, on a machine that does in any order what may
-happen in any order.
+"""Runs kernels without a GPU as a GPU would: their source as Python over torch's tensors.
 
-Triton's interpreter does not know Gluon. Here a kernel's partitions are threads of which one runs at a time, and a
-seeded choice says which at every barrier, copy and product. What hardware does behind a program's back is done as late
-as it may be, or as early, and what it must not meet is an error:
+For two things that Triton's interpreter does not know. bfloat16: products take it as it is, casts round to nearest, and
+what a kernel asks of hardware (tanh, reciprocal) is torch's; so what runs is the arithmetic that a GPU compiles
+("fast", see kernels/tile.py). And Gluon, on a machine that does in any order what may happen in any order: a kernel's
+partitions are threads of which one goes on at a time, and a seeded choice says which at every barrier, copy and
+product. What hardware does behind a program's back is done as late as it may be, or as early, and what it must not meet
+is an error:
 
+- An address outside of the tensor that it is of.
 - A copy by TMA fills its place with NaN when it starts and lands at some later time.
 - A product reads its operands when it starts; they must be the same when it is waited for.
 - An accumulator in flight is no tensor.
@@ -13,23 +16,31 @@ as it may be, or as early, and what it must not meet is an error:
 - Barriers have phases as in hardware: a wait for a parity passes if the phase before the present one has it, so whoever
   is a whole phase ahead or behind passes wrongly or not at all. If nobody can go on, that is an error too.
 
-Layouts, registers and sizes of places are the compiler's business (`fastflow.kernels.aot`).
+Layouts, registers and sizes of places are the compiler's business (`fastflow.kernels.aot`). Noise that kernels draw is
+left to the interpreter.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
 import inspect
+import itertools
+import pkgutil
 import random
 import textwrap
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+
+import fastflow.kernels
 
 
 class MachineError(AssertionError):
@@ -49,6 +60,10 @@ class Pointer:
     @property
     def dtype(self) -> Any:
         return types.SimpleNamespace(element_ty=self.base.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(torch.as_tensor(self.at).shape)
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.base, self.at + offset)
@@ -74,6 +89,16 @@ class Pointer:
         if isinstance(value, Tensor) and value.dtype != self.base.dtype:
             raise MachineError(f"a store of {value.dtype} to a tensor of {self.base.dtype}")
         self.base.view(-1)[at[chosen]] = torch.as_tensor(value).expand(at.shape)[chosen]
+
+
+def pointed(x: Any) -> Any:
+    """What a kernel gets of an argument: of a tensor its address, with all memory behind it."""
+    if type(x) is tuple:
+        return tuple(map(pointed, x))
+    if not isinstance(x, Tensor):
+        return Scalar(x) if type(x) is int else x
+    elements = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return Pointer(x.detach().as_strided((elements,), (1,)))
 
 
 @dataclass
@@ -259,8 +284,7 @@ class Machine:
         self.outer = Partition(-1, lambda: None)
         self.me = self.outer
         self.back = threading.Event()
-        self.program = (0, 0)
-        self.grid = (1, 1)
+        self.program = self.grid = (0, 0, 0)
 
     def function(self, jitted: Any) -> Callable[..., Any]:
         """A device function over tensors."""
@@ -268,12 +292,11 @@ class Machine:
 
     def launch(self, kernel: Any, grid: Sequence[int], arguments: dict[str, Any]) -> None:
         run = self.function(kernel)
-        values = {name: Pointer(x.view(-1)) if isinstance(x, Tensor) else x for name, x in arguments.items()}
-        self.grid = (grid[0], grid[1])
-        for y in range(grid[1]):
-            for x in range(grid[0]):
-                self.program = (x, y)
-                run(**values)
+        values = {name: pointed(x) for name, x in arguments.items()}
+        self.grid = (*grid, 1, 1)[:3]
+        for z, y, x in itertools.product(*map(range, reversed(self.grid))):
+            self.program = (x, y, z)
+            run(**values)
 
     # Partitions --------------------------------------------------------------------------------------------
 
@@ -353,7 +376,11 @@ class _Names:
         self.machine = machine
         self.modules: dict[int, dict[str, Any]] = {}
         gl = types.SimpleNamespace(
-            **{name: getattr(torch, name) for name in ("float32", "bfloat16", "int32", "int64")},
+            **{name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "int32", "int64")},
+            cdiv=lambda x, y: -(-x // y),
+            trans=lambda x: x.T,
+            max=lambda x, axis: x.amax(axis),
+            min=lambda x, axis: x.amin(axis),
             program_id=lambda axis: Scalar(machine.program[axis]),
             num_programs=lambda axis: Scalar(machine.grid[axis]),
             static_range=range,
@@ -372,12 +399,15 @@ class _Names:
             allocate_shared_memory=self._allocate,
             warp_specialize=machine.specialize,
             barrier=self._meet,
+            debug_barrier=lambda: None,
+            dot=lambda x, y, input_precision=None: x.float() @ y.float(),
+            int1=torch.bool,
             NVMMADistributedLayout=_layout,
             NVMMASharedLayout=types.SimpleNamespace(get_default_for=_layout),
             SwizzledSharedLayout=_layout,
             BlockedLayout=_layout,
             SliceLayout=_layout,
-            **{name: getattr(torch, name) for name in ("exp", "exp2", "abs", "floor", "rsqrt", "erf", "zeros_like")},
+            **{name: getattr(torch, name) for name in ("exp", "exp2", "abs", "floor", "rsqrt", "erf", "sin", "cos")},
         )
         gl.inline_asm_elementwise = _assembly
         mbarrier = types.SimpleNamespace(
@@ -493,8 +523,23 @@ class _Names:
 class Scalar(int):
     """An integer that may be asked for as another type."""
 
-    def to(self, dtype: torch.dtype) -> Scalar:
-        return self
+    def to(self, dtype: torch.dtype) -> Any:
+        return float(self) if dtype.is_floating_point else self
+
+
+def _scalar(name: str) -> Callable[[int, Any], Any]:
+    plain = getattr(int, name)
+
+    def call(self: int, other: Any) -> Any:
+        found = plain(self, other) if isinstance(other, int) else NotImplemented
+        return Scalar(found) if type(found) is int else found
+
+    return call
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift"):
+    for _side in (f"__{_name}__", f"__r{_name}__"):
+        setattr(Scalar, _side, _scalar(_side))
 
 
 class _Values(ast.NodeTransformer):
@@ -545,8 +590,8 @@ def _both(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], 
     return call
 
 
-def _where(condition: Tensor, x: Any, y: Any) -> Tensor:
-    return torch.where(condition, torch.as_tensor(x), torch.as_tensor(y))
+def _where(condition: Any, x: Any, y: Any) -> Tensor:
+    return torch.where(*map(torch.as_tensor, (condition, x, y)))
 
 
 _INSTRUCTIONS = {"tanh.approx.f32": torch.tanh, "rcp.approx.ftz.f32": torch.reciprocal}
@@ -556,16 +601,36 @@ def _assembly(text: str, constraints: str, args: Sequence[Tensor], **_: Any) -> 
     return _INSTRUCTIONS[text.split()[0]](*args)
 
 
-class Emulated:
+class AsPython:
     """In a kernel's place: launches run on a machine of their own, `Machine(**options)`; `launches` counts them."""
 
-    def __init__(self, kernel: Any, **options: Any) -> None:
-        self.kernel, self.options, self.launches = kernel, options, 0
+    def __init__(self, kernel: Any, machine: type[Machine] = Machine, **options: Any) -> None:
+        self.kernel, self.machine, self.options, self.launches = kernel, machine, options, 0
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> None:
+        def launch(*args: Any, **named: Any) -> None:
             self.launches += 1
-            given = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
-            Machine(**self.options).launch(self.kernel, grid, given)
+            names = self.kernel.arg_names
+            given = dict(zip(names, args, strict=False)) | {n: x for n, x in named.items() if n in names}
+            given = {name: _as_on_a_gpu(value) for name, value in given.items()}
+            self.machine(**self.options).launch(self.kernel, grid, given)
 
         return launch
+
+
+def _as_on_a_gpu(value: Any) -> Any:
+    """With the arithmetic that a GPU compiles in place of the interpreter's."""
+    return value._replace(ARITH="fast") if getattr(value, "ARITH", None) == "emulate" else value
+
+
+@contextlib.contextmanager
+def kernels_as_python() -> Iterator[None]:
+    """All of fastflow's Triton kernels as Python, but those that draw noise."""
+    with contextlib.ExitStack() as replaced:
+        for found in pkgutil.iter_modules(fastflow.kernels.__path__, "fastflow.kernels."):
+            if found.name.rpartition(".")[2] not in ("cpu", "aot", "ring", "draw"):
+                module = importlib.import_module(found.name)
+                for name, value in list(vars(module).items()):
+                    if name.endswith("_kernel") and hasattr(value, "arg_names"):
+                        replaced.enter_context(mock.patch.object(module, name, AsPython(value)))
+        yield
