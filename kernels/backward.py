@@ -163,6 +163,9 @@ def backward_kernel(
         b_f = cast(embed_state(b_p, o_f, low, high, std, NET), DTYPE, NET)
         p_t = feat_ptr + (i * n_e * M + i_e * M) * NET.TP
         b_tf = time_features(b_t, p_t, o_s, o_t, DTYPE, NET)
+        if WEIGHTS and NET.TIME == "rows":
+            # The weights of FiLM are multiplied with them.
+            b_tf = tl.load(p_t + o_s[:, None] * NET.TP + o_t[None, :])
         p_time = time_ptr + i_e * HP
         p_film_time = film_time_ptr
         if NET.TABLE:
@@ -212,8 +215,6 @@ def backward_kernel(
             tl.store(dv_ptr + r_d * DP + o_r * DP + o_d[None, :], b_dout)
             tl.store(state_ptr + r_d * NET.FP + o_r * NET.FP + o_f[None, :], b_f)
             if not NET.TABLE:
-                if NET.TIME == "rows":
-                    b_tf = tl.load(p_t + o_s[:, None] * NET.TP + o_t[None, :])
                 tl.store(dtime_ptr + r_d * NET.TP + o_r * NET.TP + o_t[None, :], b_tf)
         b_df = network_bwd(
             b_dout, inputs, weights, pre_ptr, stats_ptr, h_ptr, dpre_ptr, results, i_b, i_e, n_b, n_e, MP, R_P, R_D,
