@@ -33,19 +33,28 @@ _LAUNCH = "interpreted launch"
 
 
 @contextlib.contextmanager
-def _left_out() -> Iterator[list[int]]:
-    """Interpreted launches, counted and not done."""
+def _left_out() -> Iterator[None]:
+    """Interpreted launches, told to the profiler and not done."""
     from triton.runtime.interpreter import GridExecutor
-
-    count = [0]
 
     def counted(*arguments: Any, **keywords: Any) -> None:
         with torch.profiler.record_function(_LAUNCH):
-            count[0] += 1
+            pass
 
     # A GPU multiplies bfloat16 as it is.
     with mock.patch.object(GridExecutor, "__call__", counted), mock.patch.object(launch, "_widened_product", torch.bmm):
-        yield count
+        yield
+
+
+def _launched(call: Callable[[], Any]) -> list[Any]:
+    """The profiler's events of a second call that would be launches on a GPU."""
+    if not launch.interpreted():
+        raise RuntimeError("launches are counted on a GPU or in Triton's interpreter (TRITON_INTERPRET=1)")
+    with _left_out():
+        call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            call()
+    return [event for event in profiled.events() or [] if event.name == _LAUNCH or _works(event)]
 
 
 def count(call: Callable[[], Any], device: torch.device) -> int:
@@ -59,14 +68,7 @@ def count(call: Callable[[], Any], device: torch.device) -> int:
         from benchmarks import counts
 
         return counts.count(call, device)["kernels"]
-    if not launch.interpreted():
-        raise RuntimeError("launches are counted on a GPU or in Triton's interpreter (TRITON_INTERPRET=1)")
-    with _left_out() as kernels:
-        call()
-        kernels[0] = 0
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-            call()
-    return kernels[0] + sum(map(_works, profiled.events() or []))
+    return len(_launched(call))
 
 
 def by_branch(call: Callable[[], Any]) -> dict[str, int]:
@@ -76,10 +78,7 @@ def by_branch(call: Callable[[], Any]) -> dict[str, int]:
     Raises:
         RuntimeError: Triton's interpreter was not asked for.
     """
-    if not launch.interpreted():
-        raise RuntimeError("launches of branches are counted in Triton's interpreter (TRITON_INTERPRET=1)")
-    found: collections.Counter[str] = collections.Counter()
-    with _left_out() as kernels, branches.allowed(), contextlib.ExitStack() as pretended:
+    with branches.allowed(), contextlib.ExitStack() as pretended:
         stream = mock.Mock()
         for owner, name, value in (
             (branches, "_capturing", lambda: True),
@@ -88,14 +87,7 @@ def by_branch(call: Callable[[], Any]) -> dict[str, int]:
             (torch.cuda, "stream", lambda _: contextlib.nullcontext()),
         ):
             pretended.enter_context(mock.patch.object(owner, name, value))
-        call()
-        kernels[0] = 0
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-            call()
-    for event in profiled.events() or []:
-        if event.name == _LAUNCH or _works(event):
-            found[_branch_of(event)] += 1
-    return dict(found)
+        return dict(collections.Counter(map(_branch_of, _launched(call))))
 
 
 def _branch_of(event: Any) -> str:

@@ -309,27 +309,38 @@ def resources(compiled: Any, arch: int) -> Resources:
     return (_of_amdgcn if arch == plan.GFX942 else _of_cubin)(compiled)
 
 
-def _of_cubin(compiled: Any) -> Resources:
+def _cuobjdump(compiled: Any, option: str) -> str:
     import triton
 
-    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernel.cubin")
         pathlib.Path(cubin).write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tools, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tools, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def disassembled(compiled: Any) -> list[tuple[int, str, str]]:
+    """(address, instruction, operands) of a kernel compiled for NVIDIA, in order."""
+    pattern = r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)([^;]*);"
+    return [(int(at, 16), name, rest) for at, name, rest in re.findall(pattern, _cuobjdump(compiled, "-sass"), re.M)]
+
+
+def loops_of(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """(first, last) address of every loop."""
+    jumps = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in code if name == "BRA"]
+    return [(int(to[1], 16), at) for at, to in jumps if to is not None and int(to[1], 16) < at]
+
+
+def _of_cubin(compiled: Any) -> Resources:
+    usage, code = _cuobjdump(compiled, "-res-usage"), disassembled(compiled)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
-    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)([^;]*);", sass, re.M)
-    code = [(int(at, 16), name, rest) for at, name, rest in lines]
-    jumps = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in code if name == "BRA"]
-    loops = [(int(to[1], 16), at) for at, to in jumps if to is not None and int(to[1], 16) < at]
     count = collections.Counter(name for _, name, _ in code)
     return Resources(
         registers=int(found[1]),
         stack=int(found[2]),
-        loop_spills=_within_innermost(loops, [at for at, name, _ in code if name in ("LDL", "STL")]),
+        loop_spills=_within_innermost(loops_of(code), [at for at, name, _ in code if name in ("LDL", "STL")]),
         shared=compiled.metadata.shared,
         opcodes={name: count[name] for name in _SHOWN if count[name]},
     )
@@ -357,10 +368,15 @@ def _of_amdgcn(compiled: Any) -> Resources:
     )
 
 
-def _within_innermost(loops: Iterable[tuple[int, int]], places: Iterable[int]) -> int:
-    """How many places lie in loops (first, last) that hold no other loop."""
+def innermost(loops: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those loops (first, last) that hold no other loop."""
     loops = set(loops)
-    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    return [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+
+
+def _within_innermost(loops: Iterable[tuple[int, int]], places: Iterable[int]) -> int:
+    """How many places lie in innermost loops."""
+    inner = innermost(loops)
     return sum(any(a <= place <= b for a, b in inner) for place in places)
 
 
@@ -374,9 +390,9 @@ def arguments(
     from .matching import matching_fwd_kernel
     from .pack import net_shape
 
-    base, *flags = kernel.split("-")
     if kernel in RINGS:
         return _ring_arguments(net, arch, tiles)
+    base, *flags = kernel.split("-")
     function = {
         "integrate_fwd": integrate_fwd_kernel,
         "matching_fwd": matching_fwd_kernel,

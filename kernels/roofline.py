@@ -446,9 +446,13 @@ def _embedding(net: Network, rows: int, machine: Machine) -> float:
     return rows * net.features_padded * per_feature.get(net.state_embedding, 0) / (LANES * machine.clock)
 
 
-def _memory(kept: int, rows: int, machine: Machine, through_memory: bool) -> float:
-    """Seconds for what a layer keeps of all rows, if that goes to memory."""
-    return kept * rows / machine.memory if through_memory else 0.0
+def _delivered(
+    loads: float, kept: int, rows: int, machine: Machine, through_memory: bool, busy: int, turns: int = 1
+) -> float:
+    """Seconds until L2 has delivered so many bytes to each of `busy` multiprocessors, `turns` times over, and what a
+    layer keeps of all rows is in memory, if that is where it goes."""
+    l2 = turns * max(busy * loads / machine.l2, loads / machine.port)
+    return max(l2, kept * rows / machine.memory) if through_memory else l2
 
 
 def _rows(
@@ -472,8 +476,7 @@ def _rows(
     total = Cost()
     for layer in parts:
         loads = size * layer.inputs * (layer.outputs + bm) + bm * (layer.extra + layer.kept)
-        l2 = turns * max(busy * loads / machine.l2, loads / machine.port)
-        l2 = max(l2, _memory(layer.kept, members * m, machine, through_memory))
+        l2 = _delivered(loads, layer.kept, members * m, machine, through_memory, busy, turns)
         tensor = turns * 2 * bm * layer.inputs * layer.outputs / (rate * efficiency)
         epilogue = turns * bm * layer.outputs * layer.instructions / (LANES * machine.clock)
         wait = machine.start * -(-turns // together)
@@ -508,8 +511,7 @@ def _group(
     for layer in parts:
         columns = max(16, layer.outputs // g)
         loads = share * (size * layer.inputs + (layer.extra + layer.kept) // g)
-        l2 = max(busy * loads / machine.l2, loads / machine.port)
-        l2 = max(l2, _memory(layer.kept, members * m, machine, through_memory))
+        l2 = _delivered(loads, layer.kept, members * m, machine, through_memory, busy)
         tensor = 2 * share * columns * layer.inputs / (rate * GROUP_EFFICIENCY)
         reads = share // GROUP_TILE * size * layer.inputs * columns / (SHARED_BYTES * machine.clock)
         tensor = max(tensor, reads)
@@ -537,8 +539,7 @@ def _layers(
         programs = members * -(-m // bm) * -(-layer.outputs // bn)
         turns, busy = -(-programs // machine.sms), min(programs, machine.sms)
         loads = size * layer.inputs * (bm + bn) + bm * bn * (layer.extra + layer.kept) // layer.outputs
-        l2 = turns * max(busy * loads / machine.l2, loads / machine.port)
-        l2 = max(l2, _memory(layer.kept, members * m, machine, through_memory))
+        l2 = _delivered(loads, layer.kept, members * m, machine, through_memory, busy, turns)
         tensor = turns * 2 * bm * bn * layer.inputs / (rate * machine.efficiency(bm))
         epilogue = turns * bm * bn * layer.instructions / (LANES * machine.clock)
         return _phase(tensor, l2, epilogue, machine.node + machine.refill)
@@ -571,8 +572,7 @@ def _narrow(
         tensor = turns * 2 * bm * layer.inputs * layer.outputs / (rate * machine.efficiency(bm))
         epilogue = turns * bm * layer.outputs * layer.instructions / (LANES * machine.clock)
         kept = bm * (layer.extra + layer.kept)
-        l2 = turns * max(min(programs, machine.sms) * kept / machine.l2, kept / machine.port)
-        l2 = max(l2, _memory(layer.kept, members * m, machine, through_memory))
+        l2 = _delivered(kept, layer.kept, members * m, machine, through_memory, min(programs, machine.sms), turns)
         total += _phase(tensor, l2, epilogue, NARROW_CYCLES / machine.clock * -(-turns // together))
     total += _phase(0.0, 0.0, turns * _embedding(net, bm, machine), 0.0)
     return total.times(evaluations) + _phase(0.0, 0.0, 0.0, machine.node)
@@ -603,8 +603,7 @@ def _ring(
     # A scalar's head is in the last layer's epilogue.
     for i, layer in enumerate(parts[:-1] if net.state_padded == 1 else parts):
         loads = size * layer.inputs * layer.outputs + bm * (layer.extra + layer.kept)
-        l2 = turns * max(busy * loads / machine.l2, loads / machine.port)
-        l2 = max(l2, _memory(layer.kept, members * m, machine, through_memory))
+        l2 = _delivered(loads, layer.kept, members * m, machine, through_memory, busy, turns)
         tensor = turns * 2 * bm * layer.inputs * layer.outputs / rate
         hidden, products = 0 < i < net.layers, max(tensor, l2)
         behind = epilogue(layer.outputs, layer.instructions + (EPILOGUE_RING - EPILOGUE if i < net.layers else 0))

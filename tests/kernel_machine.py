@@ -263,7 +263,7 @@ class Partition:
 
 
 class Machine:
-    """One program at a time of a kernel written in Gluon.
+    """Runs kernels, one program at a time.
 
     `Machine().launch(kernel, grid, arguments)` runs every program.
 
@@ -288,7 +288,7 @@ class Machine:
 
     def function(self, jitted: Any) -> Callable[..., Any]:
         """A device function over tensors."""
-        return _Names(self).function(jitted)
+        return Names(self).function(jitted)
 
     def launch(self, kernel: Any, grid: Sequence[int], arguments: dict[str, Any]) -> None:
         run = self.function(kernel)
@@ -369,7 +369,7 @@ class Machine:
             raise _Stop
 
 
-class _Names:
+class Names:
     """What a kernel's module finds under the names that it imports."""
 
     def __init__(self, machine: Machine) -> None:
@@ -435,14 +435,12 @@ class _Names:
         if id(known) not in self.modules:
             names = self.modules[id(known)] = dict(known)
             for name, value in known.items():
-                if name in self.replaced:
-                    names[name] = self.replaced[name]
-                elif hasattr(value, "fn") and hasattr(value, "arg_names"):
+                if type(value).__name__ == "ConstexprFunction" or hasattr(value, "arg_names"):
                     names[name] = _Later(self, value)
+                elif name in self.replaced:
+                    names[name] = self.replaced[name]
                 elif type(value).__name__ == "constexpr":
                     names[name] = value.value
-                elif type(value).__name__ == "ConstexprFunction":
-                    names[name] = _Later(self, value)
         lines, start = inspect.getsourcelines(plain)
         tree = _Values().visit(ast.parse(self.machine.edit(textwrap.dedent("".join(lines)))))
         ast.increment_lineno(tree, start - 1)
@@ -565,7 +563,7 @@ class _Values(ast.NodeTransformer):
 class _Later:
     """A device function, made when it is first called."""
 
-    def __init__(self, names: _Names, jitted: Any) -> None:
+    def __init__(self, names: Names, jitted: Any) -> None:
         self.names, self.jitted, self.made = names, jitted, None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -599,6 +597,17 @@ _INSTRUCTIONS = {"tanh.approx.f32": torch.tanh, "rcp.approx.ftz.f32": torch.reci
 
 def _assembly(text: str, constraints: str, args: Sequence[Tensor], **_: Any) -> Tensor:
     return _INSTRUCTIONS[text.split()[0]](*args)
+
+
+class Mistake:
+    """An edit of a kernel's source; `made` once it has found what to change."""
+
+    def __init__(self, before: str, after: str) -> None:
+        self.before, self.after, self.made = before, after, False
+
+    def __call__(self, source: str) -> str:
+        self.made |= self.before in source
+        return source.replace(self.before, self.after)
 
 
 class AsPython:

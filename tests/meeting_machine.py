@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from kernel_machine import Machine, MachineError, Pointer, Scalar, _Names, pointed
+from kernel_machine import Machine, MachineError, Names, Pointer, Scalar, pointed
 from torch import Tensor
 
 
@@ -47,12 +47,10 @@ class Together(Machine):
         self.specialize([(functools.partial(run, **values), ()) for _ in self.places])
 
     def function(self, jitted: Any) -> Callable[..., Any]:
-        names = _Names(self)
+        names = Names(self)
         language = names.replaced["tl"]
         language.program_id = lambda axis: Scalar(self.places[self.me.number][axis])
         language.load, language.store, language.atomic_add = self._load, self._store, self._atomic_add
-        # Names that the kernels here define themselves.
-        del names.replaced["meet"]
         return names.function(jitted)
 
     def _shadow(self, p: Pointer, mask: Any) -> tuple[_Shadow, Tensor]:

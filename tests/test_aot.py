@@ -40,6 +40,18 @@ def all_of(*marks):
 ahead_of_time = all_of(compiles, pytest.mark.aot, pytest.mark.slow)
 
 
+def compiled_with(triton: str | None, code: str, given: object = None) -> str:
+    """What code prints that compiles with a triton, `given` as JSON on its stdin."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    if triton:
+        env["PYTHONPATH"] = triton
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env, input=json.dumps(given), capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
 # The record ----------------------------------------------------------------------------------------------------------
 
 
@@ -317,14 +329,13 @@ def test_the_embedding_is_computed_once_per_row_and_feature(triton):
 
 
 COUNT = """
-import dataclasses, json, pathlib, re, subprocess, sys, tempfile
+import dataclasses, json, sys
 sys.path.insert(0, "tests")
 import epilogue_kernels as kernels
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastflow.kernels import aot, pack, plan
-tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 for name, changes in json.load(sys.stdin):
     net, kernel = dataclasses.replace(aot.FLOQ, **changes), getattr(kernels, name)
     arithmetic = "fast" if net.precision == "bf16" else "exact"
@@ -334,12 +345,7 @@ for name, changes in json.load(sys.stdin):
     source = ASTSource(fn=kernel, signature=signature, constexprs={"NET": shape}, attrs=aligned)
     options = {"num_warps": 4, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = pathlib.Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^\\s*/\\*[0-9a-f]{4,}\\*/\\s+(?:@!?U?P\\w+ )?(?!NOP)[A-Z0-9_]+", sass, re.M)
-    print(len(found) / 32)
+    print(sum(instruction != "NOP" for _, instruction, _ in aot.disassembled(compiled)) / 32)
 """
 # Per element, with its load and store; "bf16" is what counts, as its products leave least time.
 EPILOGUES = {
@@ -358,34 +364,17 @@ EPILOGUES = {
 @pytest.mark.parametrize("triton", TRITONS, ids=IDS)
 def test_epilogues_take_few_instructions(triton):
     asked = [(kernel, {"activation": act, "precision": precision}) for kernel, act, precision in EPILOGUES]
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    if triton:
-        env["PYTHONPATH"] = triton
-    run = subprocess.run(
-        [sys.executable, "-c", COUNT], env=env, input=json.dumps(asked), capture_output=True, text=True, cwd=ROOT
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = dict(zip(EPILOGUES, map(float, run.stdout.split()), strict=True))
+    found = dict(zip(EPILOGUES, map(float, compiled_with(triton, COUNT, asked).split()), strict=True))
     assert all(n <= EPILOGUES[which] for which, n in found.items()), found
 
 
 INNER = """
-import json, pathlib, re, subprocess, sys, tempfile
-import triton
+import json, sys
 from fastflow.kernels import aot
-tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 for kernel in json.load(sys.stdin):
     tiles = aot.entries(kernel, "floq", 90)[0]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(aot.lower(kernel, aot.FLOQ, 90, tiles).asm["cubin"])
-        cubin.flush()
-        sass = subprocess.run([tool, "-sass", cubin.name], capture_output=True, text=True, check=True).stdout
-    lines = re.findall(r"^\\s*/\\*([0-9a-f]{4,})\\*/\\s+(?:@!?U?P\\w+ )?([A-Z0-9_]+)([^;]*);", sass, re.M)
-    code = [(int(at, 16), name, rest) for at, name, rest in lines]
-    jumps = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in code if name == "BRA"]
-    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
-    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    bodies = [[name for at, name, _ in code if a <= at <= b] for a, b in inner]
+    code = aot.disassembled(aot.lower(kernel, aot.FLOQ, 90, tiles))
+    bodies = [[name for at, name, _ in code if a <= at <= b] for a, b in aot.innermost(aot.loops_of(code))]
     body = max(bodies, key=lambda names: names.count("HGMMA"))
     elements = tiles.rows * tiles.columns / (32 * tiles.num_warps)
     print(body.count("HGMMA"), len(body) / elements, body.count("BAR"))
@@ -399,14 +388,8 @@ def test_inner_loops_take_few_instructions_and_barriers(triton):
     most = {"integrate_fwd": 23, "matching_fwd-keep-save": 25, "backward-loss-weights": 24}
     if triton and pathlib.Path(triton).name == "3.9.0":
         most = {"integrate_fwd": 29, "matching_fwd-keep-save": 31, "backward-loss-weights": 29}
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    if triton:
-        env["PYTHONPATH"] = triton
-    run = subprocess.run(
-        [sys.executable, "-c", INNER], env=env, input=json.dumps(list(most)), capture_output=True, text=True, cwd=ROOT
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    for (kernel, bound), line in zip(most.items(), run.stdout.splitlines(), strict=True):
+    printed = compiled_with(triton, INNER, list(most))
+    for (kernel, bound), line in zip(most.items(), printed.splitlines(), strict=True):
         products, instructions, barriers = map(float, line.split())
         assert products == 32 and instructions <= bound and barriers <= 5, (kernel, line)
 

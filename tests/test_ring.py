@@ -7,29 +7,26 @@ show that it does.
 
 from __future__ import annotations
 
-import importlib
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import HAS_GPU
 from networks import random_field, random_inputs
-from test_aot import IDS, ROOT, TRITONS, ahead_of_time
-from test_designs import compare
+from test_aot import IDS, TRITONS, ahead_of_time, compiled_with
+from test_designs import compare, walked
 
 import fastflow as ff
 
 pytest.importorskip("triton.experimental.gluon")
 
-from fastflow.kernels import aot, launch, plan, ring
+from fastflow.kernels import aot, launch, plan, ring, roofline
 
 if HAS_GPU:
     if launch.target(0)[0] // 10 != 9:
         pytest.skip("a kernel for Hopper", allow_module_level=True)
 else:
-    from kernel_machine import AsPython, MachineError
+    from kernel_machine import AsPython, MachineError, Mistake
 
 pytestmark = pytest.mark.poison
 
@@ -80,13 +77,8 @@ def test_any_number_of_rows_and_steps(batch, samples, options, device, ringed):
     assert len(launches) == 3
 
 
-def walk(name, num_steps=2):
-    torch.manual_seed(0)
-    field, inputs = random_field(SPECS[name], "cpu"), random_inputs(SPECS[name], 16, 4, "cpu")
-    with torch.no_grad():
-        return ff.integrate(
-            field, inputs["x_0"], inputs["cond"], num_steps=num_steps, backend="fused", precision="bf16"
-        )
+def walk(name):
+    return walked(SPECS[name], 16, 4)
 
 
 @without_gpu
@@ -131,31 +123,24 @@ MISTAKES = {
 @without_gpu
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found(mistake, ringed):
-    before, after = MISTAKES[mistake]
     ringed()
     expected = walk("floq")
-    edited = []
-
-    def edit(source):
-        edited.append(before in source)
-        return source.replace(before, after)
-
-    found = 0
+    edit, found = Mistake(*MISTAKES[mistake]), 0
     for options in ({}, {"first": 0}, {"first": 1}, {"first": 2}):
         ringed(edit=edit, **options)
         try:
             found += not torch.equal(walk("floq"), expected)
         except (MachineError, TypeError):
             found += 1
-    assert any(edited) and found
+    assert edit.made and found
 
 
 @without_gpu
 def test_mistakes_are_told(ringed):
-    ringed(edit=lambda source: source.replace("((at // PLACES) & 1) ^ 1", "(at // PLACES) & 1"))
+    ringed(edit=Mistake(*MISTAKES["wrong phase of a place"]))
     with pytest.raises(MachineError, match=r"partitions \[0, 1, 2\] wait for each other"):
         walk("floq")
-    ringed(edit=lambda source: source.replace("        fence_async_shared()\n        meet()\n", "        meet()\n"))
+    ringed(edit=Mistake(*MISTAKES["no fence"]))
     with pytest.raises(MachineError, match="a fence and a meeting"):
         walk("floq")
 
@@ -218,16 +203,11 @@ def test_plan():
 # What it takes -------------------------------------------------------------------------------------------------------
 
 COUNT = """
-import json, pathlib, re, subprocess, tempfile, triton
+import json
 from fastflow.kernels import aot
-tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-net = aot.FLOQ
 (tiles,) = aot.entries("walk_ring", "floq", 90)
-with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-    cubin.write(aot.lower("walk_ring", net, 90, tiles).asm["cubin"])
-    cubin.flush()
-    sass = subprocess.run([tool, "-sass", cubin.name], capture_output=True, text=True, check=True).stdout
-names = re.findall(r"^\\s*/\\*[0-9a-f]{4,}\\*/\\s+(?:@!?U?P\\w+ )?(?!NOP)([A-Z0-9_]+)", sass, re.M)
+code = aot.disassembled(aot.lower("walk_ring", aot.FLOQ, 90, tiles))
+names = [name for _, name, _ in code if name != "NOP"]
 runs, last = [], 0
 for i, name in enumerate(names):
     if name == "HGMMA":
@@ -239,18 +219,12 @@ print(json.dumps([n / 64 for n in runs if n > 256]))
 
 @ahead_of_time
 @pytest.mark.parametrize("triton", TRITONS, ids=IDS)
-def test_epilogues_take_few_instructions(triton, plain_environment):
-    environment = plain_environment | ({"PYTHONPATH": triton} if triton else {})
-    run = subprocess.run(
-        [sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+def test_epilogues_take_few_instructions(triton):
     # Between two products, per element of a tile; the most are those with the state's features besides. First tiles
     # add cond's share.
-    found = sorted(json.loads(run.stdout))
-    model = importlib.import_module("fastflow.kernels.roofline").EPILOGUE_RING
+    found = sorted(json.loads(compiled_with(triton, COUNT)))
     middle = found[len(found) // 2]
-    assert 0.8 * model <= middle <= 1.1 * model, found
+    assert 0.8 * roofline.EPILOGUE_RING <= middle <= 1.1 * roofline.EPILOGUE_RING, found
     assert found[-3] <= 16, found
 
 
@@ -270,11 +244,6 @@ print(json.dumps(found))
 
 @ahead_of_time
 @pytest.mark.parametrize("triton", TRITONS, ids=IDS)
-def test_what_fills_memory_and_registers_most_fits(triton, plain_environment):
-    environment = plain_environment | ({"PYTHONPATH": triton} if triton else {})
-    run = subprocess.run(
-        [sys.executable, "-c", CORNERS], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    for (places, shared, stack), least in zip(json.loads(run.stdout), (4, 6), strict=True):
+def test_what_fills_memory_and_registers_most_fits(triton):
+    for (places, shared, stack), least in zip(json.loads(compiled_with(triton, CORNERS)), (4, 6), strict=True):
         assert places == least and shared <= plan.SHARED_MEMORY[90] and stack <= 64
